@@ -1,0 +1,69 @@
+"""The seam between the generate stage and an engine.
+
+A request is what many questions on one image share (the prefix, which holds the image) and a tree
+of branches (what each asks). An engine returns one answer for each branch, in order; it may run
+them in any way that does not change them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from schemas.errors import GenerateError, PromptError
+
+
+@dataclass(frozen=True)
+class ImagePixels:
+    """One image as the processor resized it: uint8 [H, W, 3], not yet normalised."""
+
+    pixels: np.ndarray
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Tokens that continue the prefix and end where the model is to answer."""
+
+    token_ids: Sequence[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Token ids up to and including the last image token, and the images that they stand for."""
+
+    token_ids: Sequence[int]
+    images: Sequence[ImagePixels] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    prefix: Prefix
+    branches: Sequence[Branch]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said on one branch. `token_ids` is without the end token.
+
+    `mean_logprob`: mean log-probability (nats, temperature 1) of the generated tokens, the end
+    token included. `finish_reason`: `stop` at an end token, `length` at the token limit.
+    """
+
+    token_ids: Sequence[int]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    output_tokens: int
+    mean_logprob: float
+
+
+Outcome = Answer | GenerateError | PromptError
+
+
+class Engine(Protocol):
+    """Answers requests. Safe to call from several threads at once."""
+
+    def submit(self, requests: Sequence[Request]) -> Sequence[Sequence[Outcome]]:
+        """One outcome for each branch of each request, in their order; blocks until all are in."""

@@ -1,0 +1,225 @@
+"""Files in any store that fsspec reaches: listing a source, publishing into an output.
+
+`list_files` turns the paths of a spec into files with an identity each. `Output` is the folder of
+one output: whatever it publishes appears whole or not at all, and never replaces what is there.
+This module knows nothing of samples, Parquet or Ray.
+"""
+
+import errno
+import os
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.errors import SpecError
+from schemas.job import StorageSpec
+
+GLOB_CHARACTERS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a store. `identity` changes when the content does."""
+
+    uri: str
+    size: int
+    identity: str
+
+
+def filesystem(url: str, storage: StorageSpec) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL, and the path inside it.
+
+    Raises SpecError for a protocol that fsspec does not know or whose package is missing.
+    """
+    protocol = fsspec.utils.get_protocol(url)
+    options: dict[str, Any] = {}
+    if protocol in {"s3", "s3a"}:
+        # A listing that is remembered hides what other processes have published since.
+        options = {
+            "endpoint_url": storage.endpoint_url,
+            "anon": storage.anon,
+            "profile": storage.profile,
+            "use_listings_cache": False,
+        }
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise SpecError(f"{url}: cannot open this kind of URL: {error}") from error
+    return fs, str(path)
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def uri_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The path as people write it: plain for local files, with its protocol elsewhere."""
+    return path if is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+def identity_of(info: Mapping[str, Any]) -> str:
+    """The etag where a listing tells it, else size and modification time."""
+    if etag := info.get("ETag") or info.get("etag"):
+        return str(etag).strip('"')
+    modified = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    return f"{info.get('size')}-{modified}"
+
+
+def list_files(
+    paths: Iterable[str], storage: StorageSpec, *, suffixes: Collection[str]
+) -> list[StoredFile]:
+    """The files that the paths name, sorted by URI, each once.
+
+    A path is a file, a folder (searched through, for `suffixes`), a glob or a brace range.
+    Raises SpecError for a path that does not exist, may not be read, or holds no such file.
+    """
+    found: dict[str, StoredFile] = {}
+    for path in paths:
+        for single in _expand_braces(path):
+            for file in _list_path(single, storage, suffixes=suffixes):
+                found[file.uri] = file
+    return [found[uri] for uri in sorted(found)]
+
+
+def _expand_braces(path: str) -> list[str]:
+    try:
+        return list(braceexpand(path, escape=False))
+    except ValueError as error:
+        raise SpecError(f"source.path {path!r}: unbalanced braces: {error}") from error
+
+
+def _list_path(path: str, storage: StorageSpec, *, suffixes: Collection[str]) -> list[StoredFile]:
+    fs, inner = filesystem(path, storage)
+    try:
+        infos = _infos(fs, inner, suffixes=suffixes)
+    except FileNotFoundError as error:
+        raise SpecError(
+            f"source.path {path!r} does not exist; check the spelling and the store"
+        ) from error
+    except PermissionError as error:
+        raise SpecError(
+            f"source.path {path!r} may not be read ({error}); check the credentials"
+        ) from error
+    except OSError as error:
+        raise SpecError(f"source.path {path!r} cannot be listed: {error}") from error
+    if not infos:
+        kinds = ", ".join(sorted(suffixes))
+        raise SpecError(f"source.path {path!r} holds no file that ends in one of: {kinds}")
+    return [
+        StoredFile(uri_of(fs, info["name"]), int(info.get("size") or 0), identity_of(info))
+        for info in infos
+    ]
+
+
+def _infos(
+    fs: fsspec.AbstractFileSystem, path: str, *, suffixes: Collection[str]
+) -> list[Mapping[str, Any]]:
+    if GLOB_CHARACTERS & set(path) and not fs.exists(path):
+        matches = fs.glob(path, detail=True)
+        return [info for info in matches.values() if info["type"] == "file"]
+    info = fs.info(path)
+    if info["type"] != "directory":
+        return [info]
+    below = fs.find(path, detail=True)
+    return [info for name, info in below.items() if has_suffix(name, suffixes)]
+
+
+def has_suffix(name: str, suffixes: Collection[str]) -> bool:
+    """Whether the file name ends in one of `suffixes` (with their dots), whatever the case."""
+    return PurePosixPath(name).name.lower().endswith(tuple(suffixes))
+
+
+class Output:
+    """The folder of one output. Names are relative to it, with `/` between folders."""
+
+    def __init__(self, path: str, storage: StorageSpec) -> None:
+        self.fs, self.root = filesystem(path, storage)
+        self.uri = uri_of(self.fs, self.root)
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written; raises SpecError where it cannot."""
+        probe = f".tmp/probe-{uuid.uuid4().hex}"
+        try:
+            self.publish(probe, b"")
+            self.remove(probe)
+        except OSError as error:
+            raise SpecError(
+                f"output.path {self.uri!r} cannot be written ({error}); "
+                "check the path, its permissions and the credentials"
+            ) from error
+
+    def publish(self, name: str, data: bytes) -> bool:
+        """Make `data` appear under `name`, whole and for good; False where the name is taken.
+
+        Local: written aside, synced and linked without replacement. Object stores: one
+        create-if-absent upload, where the store can.
+        """
+        if is_local(self.fs):
+            return self._publish_local(Path(self.root, name), data)
+        try:
+            self.fs.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Some servers' 412 (precondition failed) reaches s3fs as EINVAL.
+            if error.errno == errno.EINVAL and self.fs.exists(self._path(name)):
+                return False
+            raise
+        return True
+
+    def _publish_local(self, target: Path, data: bytes) -> bool:
+        aside = Path(self.root, ".tmp", uuid.uuid4().hex)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, target)
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return True
+
+    def names(self, folder: str, *, suffix: str) -> list[str]:
+        """The names of the files right in `folder`, sorted; none where there is no folder."""
+        try:
+            infos = self.fs.ls(self._path(folder), detail=True)
+        except FileNotFoundError:
+            return []
+        names = (PurePosixPath(info["name"]).name for info in infos if info["type"] == "file")
+        return sorted(f"{folder}/{name}" for name in names if name.endswith(suffix))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(self._path(name)))
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is gone already is fine."""
+        try:
+            self.fs.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
+
+    def open(self, name: str) -> Any:
+        """A file of the output, for reading at random."""
+        return self.fs.open(self._path(name), "rb")
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

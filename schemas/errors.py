@@ -1,0 +1,125 @@
+"""The one tree of errors.
+
+    LavaflowError
+    ├── SpecError                 bad usage or a bad spec: raised before Ray starts, exit status 2
+    ├── JobError                  the job cannot go on: exit status 1
+    └── RowError                  becomes one failed row, never the end of a job
+        ├── ReadError             stage `read`
+        │   ├── ShardUnreadable       the shard breaks off: nothing after this row can be read
+        │   ├── ImageMissing          a sample without an image
+        │   └── QuestionsMalformed    the row's questions cannot be known
+        ├── DecodeError           stage `decode`
+        │   ├── ImageEmpty            zero bytes
+        │   ├── ImageUnidentified     no decoder knows these bytes
+        │   ├── ImageCorrupt          a decoder knows them and fails
+        │   └── ImageTooLarge         more pixels than `source.max_image_pixels`
+        ├── PromptError           stage `prompt`
+        │   ├── ConversationMalformed the row's conversation cannot be read as turns
+        │   ├── ImageTokenInText      text that would be taken for an image
+        │   ├── TemplateFailed        the chat template refuses the conversation
+        │   └── PromptTooLong         prompt and answer do not fit the model's context
+        └── GenerateError         stage `generate`
+            ├── TokenFeatureMismatch  image tokens in the prompt, image features of the model
+            ├── NonFiniteLogits       the model answered NaN or infinity
+            ├── DeviceOutOfMemory     the row does not fit the device alone
+            └── DeviceFailed          the device refused the row's own forward pass
+
+The name of a row error's class is what the answer table says in `error_class`: these names are
+public and stable. A message names the subject, the value and the remedy.
+"""
+
+from typing import ClassVar
+
+
+class LavaflowError(Exception):
+    """Everything that Lavaflow raises on purpose."""
+
+
+class SpecError(LavaflowError):
+    """A mistake in the spec, the command line or what they name; nothing was started."""
+
+
+class JobError(LavaflowError):
+    """The job cannot go on; what was committed stays and the same command resumes it."""
+
+
+class RowError(LavaflowError):
+    """One row that cannot be answered. `stage` and the class's name reach the answer table."""
+
+    stage: ClassVar[str]
+
+
+class ReadError(RowError):
+    stage = "read"
+
+
+class ShardUnreadable(ReadError):
+    pass
+
+
+class ImageMissing(ReadError):
+    pass
+
+
+class QuestionsMalformed(ReadError):
+    pass
+
+
+class DecodeError(RowError):
+    stage = "decode"
+
+
+class ImageEmpty(DecodeError):
+    pass
+
+
+class ImageUnidentified(DecodeError):
+    pass
+
+
+class ImageCorrupt(DecodeError):
+    pass
+
+
+class ImageTooLarge(DecodeError):
+    pass
+
+
+class PromptError(RowError):
+    stage = "prompt"
+
+
+class ConversationMalformed(PromptError):
+    pass
+
+
+class ImageTokenInText(PromptError):
+    pass
+
+
+class TemplateFailed(PromptError):
+    pass
+
+
+class PromptTooLong(PromptError):
+    pass
+
+
+class GenerateError(RowError):
+    stage = "generate"
+
+
+class TokenFeatureMismatch(GenerateError):
+    pass
+
+
+class NonFiniteLogits(GenerateError):
+    pass
+
+
+class DeviceOutOfMemory(GenerateError):
+    pass
+
+
+class DeviceFailed(GenerateError):
+    pass

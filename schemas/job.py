@@ -1,0 +1,251 @@
+"""The job spec: what a person writes down to say what is asked of which images.
+
+Every key carries its documentation in `Field(description=...)`: the reference page and
+`lavaflow spec --schema` are made from it. Specs are frozen, and an unknown key is an error.
+This module knows what a spec may say, not where it comes from (`jobs/load.py`).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+EMBEDDED = "embedded"
+ROW_QUESTIONS = "questions"
+"""The unit of coverage that stands for all questions a row brings itself (`from: questions`)."""
+
+
+class Spec(BaseModel):
+    """Base of every part of the spec: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
+
+
+class StorageSpec(Spec):
+    """How to reach a store. Secrets come from the environment only, never from the spec."""
+
+    endpoint_url: str | None = Field(None, description="URL of an S3-compatible server.")
+    anon: bool = Field(False, description="Read public buckets without credentials.")
+    profile: str | None = Field(None, description="Named profile of the AWS credentials file.")
+
+
+class ColumnsSpec(Spec):
+    """Where a source keeps what a row needs; only what differs from the default is written."""
+
+    image: str | None = Field(
+        None,
+        description="webdataset: suffix of the image member (`jpg`); null takes the first member "
+        "with a known image suffix.",
+    )
+    id: str = Field(
+        "__key__",
+        description="Column that becomes `sample_id`; `__key__` is the tar key or the file name.",
+    )
+    questions: str = Field(
+        "questions", description="Column with the row's own questions, for `from: questions`."
+    )
+    conversation: str | None = Field(
+        None,
+        description="Column with earlier turns, a list of {role, content}, that each question "
+        "continues.",
+    )
+
+
+class SourceSpec(Spec):
+    """Where the images are."""
+
+    format: Literal["webdataset", "images"] = Field(
+        description="webdataset: tar shards of samples; images: one file an image."
+    )
+    path: str | tuple[str, ...] = Field(
+        description="fsspec URL or local path: a file, a folder, a glob (`*.tar`), a brace range "
+        "(`{00000..00099}.tar`), or a list of them."
+    )
+    columns: ColumnsSpec = Field(ColumnsSpec(), description="Names of the columns to read.")
+    keep: tuple[str, ...] = Field(
+        (), description="Source columns carried into the answer table, as JSON text."
+    )
+    max_image_pixels: int = Field(
+        178_956_970,
+        gt=0,
+        description="Images with more pixels become failed rows before they are decoded.",
+    )
+    storage: StorageSpec = Field(StorageSpec(), description="How to reach the source.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_not_empty(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not path or not all(path if isinstance(path, tuple) else (path,)):
+            raise ValueError("is empty; name a file, a folder, a glob or a list of them")
+        return path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class AskPrompt(Spec):
+    """One question that is asked of every image."""
+
+    id: str = Field(
+        min_length=1, max_length=200, description="Name of the question in the answer table."
+    )
+    prompt: str = Field(min_length=1, description="The question, as the model reads it.")
+    max_new_tokens: int | None = Field(
+        None, gt=0, description="Longest answer in tokens; null takes generate.max_new_tokens."
+    )
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_not_reserved(cls, value: str) -> str:
+        if value == ROW_QUESTIONS:
+            raise ValueError(f"`{ROW_QUESTIONS}` stands for the row's own questions; rename it")
+        return value
+
+
+class AskRow(Spec):
+    """The row's own questions: a list of {id, question} in `columns.questions`."""
+
+    from_: Literal["questions"] = Field(alias="from", description="Always `questions`.")
+    max_new_tokens: int | None = Field(
+        None, gt=0, description="Longest answer in tokens; null takes generate.max_new_tokens."
+    )
+
+
+def _kind_of_ask(value: Any) -> str:
+    keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "row" if "from" in keys or "from_" in keys else "prompt"
+
+
+Ask = Annotated[
+    Annotated[AskPrompt, Tag("prompt")] | Annotated[AskRow, Tag("row")],
+    Discriminator(_kind_of_ask),
+]
+
+
+class ModelSpec(Spec):
+    """Which LLaVA answers."""
+
+    path: str = Field(
+        EMBEDDED,
+        description="Hub id, local folder, or `embedded`: the small model inside the package, "
+        "which knows coloured shapes only.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: the checkpoint's own (`embedded` runs in float32).",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention kernel, as transformers' `attn_implementation`."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where the generate actor sees a GPU, else the CPU."
+    )
+    system_prompt: str | None = Field(
+        None, description="Text put in front of every conversation, as the template renders it."
+    )
+
+
+class GenerateSpec(Spec):
+    """How answers are decoded: greedily."""
+
+    max_new_tokens: int = Field(64, gt=0, description="Longest answer, in tokens.")
+
+
+class OutputSpec(Spec):
+    """Where the answer table goes."""
+
+    path: str = Field(min_length=1, description="fsspec URL or local folder of the output.")
+    rows_per_file: int = Field(
+        50_000, gt=0, description="Answers that fill one Parquet file of the table."
+    )
+    prompts: bool = Field(False, description="Write the rendered prompt beside each answer.")
+    storage: StorageSpec = Field(StorageSpec(), description="How to reach the output.")
+
+
+class PreprocessResources(Spec):
+    """The CPU actors that decode images and tokenise prompts."""
+
+    actors: tuple[int, int] | None = Field(
+        None, description="Fewest and most actors; null: from the cluster's CPUs."
+    )
+    cpus: float | None = Field(
+        None, gt=0, description="Logical CPUs of one actor; null: 1, less on small machines."
+    )
+
+    @field_validator("actors")
+    @classmethod
+    def _range_is_ordered(cls, actors: tuple[int, int] | None) -> tuple[int, int] | None:
+        if actors and not 1 <= actors[0] <= actors[1]:
+            raise ValueError("wants [fewest, most] with 1 <= fewest <= most")
+        return actors
+
+
+class GenerateResources(Spec):
+    """The accelerator actors, one model each."""
+
+    actors: int | None = Field(
+        None, gt=0, description="Actors; null: one for each GPU of the cluster, else one."
+    )
+    cpus: float | None = Field(
+        None, ge=0, description="Logical CPUs of one actor; null: 1, less on small machines."
+    )
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs of one actor; null: 1 where the cluster has any, else 0."
+    )
+    batch_size: int = Field(16, gt=0, description="Images that are answered together.")
+
+
+class ResourcesSpec(Spec):
+    """What the job asks of the Ray cluster; the driver never probes hardware."""
+
+    preprocess: PreprocessResources = Field(PreprocessResources(), description="CPU actors.")
+    generate: GenerateResources = Field(GenerateResources(), description="Accelerator actors.")
+
+
+class JobSpec(Spec):
+    """One job: a source, what is asked, a model, and where the answers go."""
+
+    name: str = Field("lavaflow", min_length=1, description="Name of the job, for people.")
+    source: SourceSpec = Field(description="Where the images are.")
+    ask: tuple[Ask, ...] = Field(
+        description="The questions: {id, prompt} asks every image, {from: questions} asks each "
+        "row's own.",
+    )
+    model: ModelSpec = Field(ModelSpec(), description="Which LLaVA answers.")
+    generate: GenerateSpec = Field(GenerateSpec(), description="How answers are decoded.")
+    output: OutputSpec = Field(description="Where the answer table goes.")
+    resources: ResourcesSpec = Field(ResourcesSpec(), description="What the job runs on.")
+    max_failed_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="A complete run with a larger fraction of failed rows ends with status 3.",
+    )
+
+    @model_validator(mode="after")
+    def _question_ids_are_distinct(self) -> "JobSpec":
+        if not self.ask:
+            raise ValueError("ask: is empty; give at least one {id, prompt} or {from: questions}")
+        seen: set[str] = set()
+        for unit in self.units:
+            if unit in seen:
+                raise ValueError(f"ask: the id {unit!r} is given twice; ids must be distinct")
+            seen.add(unit)
+        return self
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units of coverage: each question's id, and `questions` for the rows' own."""
+        return tuple(ROW_QUESTIONS if isinstance(a, AskRow) else a.id for a in self.ask)
+
+    def max_new_tokens(self, ask: Ask) -> int:
+        return ask.max_new_tokens or self.generate.max_new_tokens

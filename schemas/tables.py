@@ -1,0 +1,151 @@
+"""The Arrow schemas: what a row looks like between the stages, and in the answer table.
+
+    SAMPLE     read -> prepare       one row an image, with its bytes
+    PREPARED   prepare -> generate   one row an image, with uint8 pixels and tokenised prompts
+    ANSWERED   generate -> write     one row an answer, with what it covers
+    answers    the table of the user: ANSWERED without its bookkeeping
+
+A shard's last row is followed by an end mark: a row whose `rows_total` is set, whose
+`source_index` is null and which holds nothing else. It travels through the stages untouched, so
+that the part that carries it can say how long the shard is. Source columns that are kept travel
+as `keep.NAME`, so that no name can collide with a column of ours.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+KEEP = "keep."
+
+ERROR = pa.struct([("stage", pa.string()), ("class", pa.string()), ("message", pa.string())])
+"""A RowError on its way to the answer table; null when all is well."""
+
+_PLACE = [
+    pa.field("source_uri", pa.string()),
+    pa.field("source_index", pa.int64()),
+    pa.field("shard_identity", pa.string()),
+    pa.field("rows_total", pa.int64()),
+    pa.field("sample_id", pa.string()),
+    pa.field("units", pa.list_(pa.string())),
+]
+
+SAMPLE = pa.schema(
+    [
+        *_PLACE,
+        pa.field("image", pa.large_binary()),
+        pa.field(
+            "questions", pa.list_(pa.struct([("id", pa.string()), ("question", pa.string())]))
+        ),
+        pa.field("questions_error", ERROR),
+        pa.field(
+            "conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        ),
+        pa.field("error", ERROR),
+    ]
+)
+"""`units`: the units of coverage still to be answered for this row. `questions`: the row's own,
+null where the source has none; `questions_error` says why they cannot be known. `error`: the whole
+row cannot be read."""
+
+PROMPT = pa.struct(
+    [
+        ("question_id", pa.string()),
+        ("question", pa.string()),
+        ("prompt", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("max_new_tokens", pa.int32()),
+        ("status", pa.string()),
+        ("error", ERROR),
+    ]
+)
+"""One question of a row, rendered and tokenised with its image tokens expanded. `status` is null
+where the model is to answer, else `failed` or `skipped` with its `error`."""
+
+PREPARED = pa.schema(
+    [
+        *_PLACE,
+        pa.field("pixels", pa.large_binary()),
+        pa.field("pixels_shape", pa.list_(pa.int32())),
+        pa.field("image_sha256", pa.string()),
+        pa.field("image_width", pa.int32()),
+        pa.field("image_height", pa.int32()),
+        pa.field("prompts", pa.list_(PROMPT)),
+    ]
+)
+"""`pixels`: uint8 [H, W, 3] row-major, resized as the processor does, not yet normalised; null
+where no prompt of the row needs them."""
+
+_ANSWER = [
+    pa.field("source_uri", pa.string()),
+    pa.field("source_index", pa.int64()),
+    pa.field("sample_id", pa.string()),
+    pa.field("question_id", pa.string()),
+    pa.field("turn", pa.int16()),
+    pa.field("sample_number", pa.int16()),
+    pa.field("question", pa.string()),
+    pa.field("answer", pa.string()),
+    pa.field("status", pa.string()),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_class", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("attempts", pa.int16()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("output_tokens", pa.int32()),
+    pa.field("mean_logprob", pa.float32()),
+    pa.field(
+        "choice_probs",
+        pa.list_(pa.struct([("choice", pa.string()), ("prob", pa.float32())])),
+    ),
+    pa.field("image_sha256", pa.string()),
+    pa.field("image_width", pa.int32()),
+    pa.field("image_height", pa.int32()),
+    pa.field("prompt", pa.string()),
+    pa.field("model", pa.string()),
+    pa.field("run_id", pa.string()),
+    pa.field("answered_at", pa.timestamp("us", tz="UTC")),
+]
+
+_BOOKKEEPING = [
+    pa.field("shard_identity", pa.string()),
+    pa.field("rows_total", pa.int64()),
+    pa.field("units", pa.list_(pa.string())),
+    pa.field("row_answers", pa.int32()),
+]
+"""What the write step needs and the table does not show: the units that the source row's answers
+cover, and how many answers it has, to prove that none was left behind."""
+
+
+def with_keep(schema: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """The stage's schema plus the kept columns, prefixed."""
+    return pa.schema([*schema, *(pa.field(KEEP + name, kind) for name, kind in keep.items())])
+
+
+def answered_schema(keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """The schema of what generate hands to write."""
+    return with_keep(pa.schema([*_ANSWER, *_BOOKKEEPING]), keep)
+
+
+def answer_schema(keep: Mapping[str, pa.DataType], *, prompts: bool) -> pa.Schema:
+    """The schema of the answer table; `prompt` is there only with `output.prompts: true`."""
+    columns = [field for field in _ANSWER if prompts or field.name != "prompt"]
+    return pa.schema([*columns, *(pa.field(name, kind) for name, kind in keep.items())])
+
+
+RESERVED_COLUMNS = frozenset(field.name for field in _ANSWER)
+"""Names that `source.keep` cannot use."""
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly `schema`; a key that a row lacks is null.
+
+    Raises KeyError for a key that the schema does not know, which `Table.from_pylist` drops.
+    """
+    listed: Sequence[Mapping[str, Any]] = list(rows)
+    known = set(schema.names)
+    for row in listed:
+        if unknown := row.keys() - known:
+            raise KeyError(f"columns {sorted(unknown)} are not in the schema {schema.names}")
+    return pa.Table.from_pylist([dict(row) for row in listed], schema=schema)
