@@ -5,6 +5,7 @@ as ranges of row indexes, so that its size grows with the number of holes, not o
 This module knows numbers and names only: no files, no Parquet, no ray.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -71,6 +72,11 @@ class ShardCoverage:
     def missing_units(self, index: int, wanted: Iterable[str]) -> list[str]:
         """Those of the wanted units that row `index` has no answers for, in their order."""
         return [unit for unit in wanted if index not in self.units.get(unit, Ranges())]
+
+    def answered_rows(self, wanted: Iterable[str]) -> Ranges:
+        """The rows that have answers for every wanted unit."""
+        every = [self.units.get(unit, Ranges()) for unit in wanted]
+        return functools.reduce(Ranges.__and__, every) if every else Ranges()
 
     def is_complete(self, wanted: Iterable[str]) -> bool:
         total = self.rows_total

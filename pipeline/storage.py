@@ -7,6 +7,7 @@ This module knows nothing of samples, Parquet or Ray.
 
 import errno
 import os
+import sys
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,16 @@ def uri_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return path if is_local(fs) else str(fs.unstrip_protocol(path))
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises when it cannot be reached or read: OSError, and what s3fs lets through.
+
+    s3fs passes on the exceptions of its own libraries once it has retried; a library that is not
+    imported has raised none.
+    """
+    foreign = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
+    return (OSError, *(getattr(sys.modules[m], name) for m, name in foreign if m in sys.modules))
+
+
 def identity_of(info: Mapping[str, Any]) -> str:
     """The etag where a listing tells it, else size and modification time."""
     if etag := info.get("ETag") or info.get("etag"):
@@ -84,7 +95,19 @@ def list_files(
         for single in _expand_braces(path):
             for file in _list_path(single, storage, suffixes=suffixes):
                 found[file.uri] = file
+    for uri in found:
+        _refuse_odd_name(uri)
     return [found[uri] for uri in sorted(found)]
+
+
+def _refuse_odd_name(uri: str) -> None:
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"source.path: the file name {uri!a} is not valid UTF-8 and cannot be written in the "
+            "answer table; rename the file"
+        ) from error
 
 
 def _expand_braces(path: str) -> list[str]:
@@ -106,7 +129,7 @@ def _list_path(path: str, storage: StorageSpec, *, suffixes: Collection[str]) ->
         raise SpecError(
             f"source.path {path!r} may not be read ({error}); check the credentials"
         ) from error
-    except OSError as error:
+    except store_errors() as error:
         raise SpecError(f"source.path {path!r} cannot be listed: {error}") from error
     if not infos:
         kinds = ", ".join(sorted(suffixes))
@@ -196,7 +219,9 @@ class Output:
             infos = self.fs.ls(self._path(folder), detail=True)
         except FileNotFoundError:
             return []
-        names = (PurePosixPath(info["name"]).name for info in infos if info["type"] == "file")
+        # Object stores may list the folder itself, as a file whose name ends in a slash.
+        files = [i for i in infos if i["type"] == "file" and not i["name"].endswith("/")]
+        names = (PurePosixPath(info["name"]).name for info in files)
         return sorted(f"{folder}/{name}" for name in names if name.endswith(suffix))
 
     def read(self, name: str) -> bytes:

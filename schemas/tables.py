@@ -16,6 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from schemas.errors import RowError
+
 SCHEMA_VERSION = 1
 KEEP = "keep."
 
@@ -42,12 +44,14 @@ SAMPLE = pa.schema(
         pa.field(
             "conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
         ),
+        pa.field("conversation_error", ERROR),
         pa.field("error", ERROR),
     ]
 )
 """`units`: the units of coverage still to be answered for this row. `questions`: the row's own,
-null where the source has none; `questions_error` says why they cannot be known. `error`: the whole
-row cannot be read."""
+null where the source has none; `questions_error` says why they cannot be known,
+`conversation_error` why no question of the row can be rendered. `error`: the whole row cannot be
+read."""
 
 PROMPT = pa.struct(
     [
@@ -116,6 +120,13 @@ _BOOKKEEPING = [
 ]
 """What the write step needs and the table does not show: the units that the source row's answers
 cover, and how many answers it has, to prove that none was left behind."""
+
+
+def error_of(error: RowError | None) -> dict[str, str] | None:
+    """A row error as an ERROR struct."""
+    if error is None:
+        return None
+    return {"stage": error.stage, "class": type(error).__name__, "message": str(error)}
 
 
 def with_keep(schema: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:

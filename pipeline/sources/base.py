@@ -4,7 +4,7 @@ A source lists shards without opening them and reads any rows of a shard with st
 that every source can be resumed by construction. It knows no ray and decodes no image.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +12,17 @@ import pyarrow as pa
 
 from pipeline.coverage import Ranges
 from schemas.errors import RowError
+
+KEY = "__key__"
+"""The column that every format has: the source's own name of a row."""
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
+"""Endings of image files, in lower case and without the dot."""
+
+
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which neither UTF-8 nor Arrow can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,10 @@ class Source(Protocol):
         Raises SpecError where a path does not exist or may not be read.
         """
 
-    def read(self, shard: Shard, *, skip: Ranges) -> Iterator[Sample]:
-        """The samples whose index is not in `skip`, in order, to the end of the shard.
+    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
+        """Yield the samples whose index is not in `skip`, in order, to the end of the shard.
+
+        Returns the number of rows of the shard, skipped ones and the unreadable last one included.
 
         Skipped samples are passed over without being read where the format allows it. A shard
         that breaks off ends with one sample whose `error` is ShardUnreadable. Never raises for

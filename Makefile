@@ -1,0 +1,46 @@
+# Every target makes .venv by itself; a second call finds it made.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test check bench clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(VENV)/runtime ## the package and what it needs, in .venv
+
+demo: $(VENV)/runtime ## answer questions about the images that come with the package
+	$(BIN)/lavaflow demo
+
+test: $(VENV)/dev ## all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev ## format, lint, types, and which package may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev ## the engine beside transformers' generate; prints JSON
+	$(BIN)/python -m benchmarks
+
+clean: ## remove .venv and what the tools leave behind
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache lavaflow-demo
+
+# Stamps: they are newer than what they were installed from.
+$(VENV)/python-made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/runtime: $(VENV)/python-made pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/python-made pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/runtime

@@ -1,0 +1,134 @@
+"""Accuracy of the embedded model on easy-VQA's test split, through the whole pipeline.
+
+    python -m benchmarks.easy_vqa [--images N] [--keep-folder DIR]
+
+Packs the split (PyPI `easy-vqa`: 1,000 images, 9,673 questions) into tar shards, answers every
+question and one caption an image with `lavaflow run`, checks the table with `lavaflow verify`, and
+prints one JSON object: rates by question kind, statuses, and what it ran against.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import yaml
+
+from tools.easy_vqa_data import LabelledImage, load_split
+from tools.questions import kind_of
+
+IMAGES_PER_SHARD = 100
+CAPTION = {"id": "caption", "prompt": "Describe the image."}
+
+
+def write_shards(images: Sequence[LabelledImage], folder: Path) -> None:
+    """Tar shards in the webdataset layout: `KEY.png` and `KEY.json` with the questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(images), IMAGES_PER_SHARD):
+        path = folder / f"easy-vqa-{start // IMAGES_PER_SHARD:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for image in images[start : start + IMAGES_PER_SHARD]:
+                questions = [
+                    {"id": f"q{n}", "question": question}
+                    for n, (question, _) in enumerate(image.questions)
+                ]
+                _add(tar, f"{image.image_id:06d}.png", image.path.read_bytes())
+                _add(tar, f"{image.image_id:06d}.json", json.dumps({"questions": questions}))
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes | str) -> None:
+    raw = data.encode() if isinstance(data, str) else data
+    member = tarfile.TarInfo(name)
+    member.size = len(raw)
+    tar.addfile(member, io.BytesIO(raw))
+
+
+def spec_of(shards: Path, output: Path) -> dict[str, Any]:
+    return {
+        "name": "easy-vqa-test",
+        "source": {"format": "webdataset", "path": str(shards)},
+        "ask": [CAPTION, {"from": "questions"}],
+        "output": {"path": str(output)},
+    }
+
+
+def lavaflow(*arguments: str) -> dict[str, Any]:
+    """Run a command that prints JSON; its exit status is part of the result."""
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return {"exit_status": done.returncode, **json.loads(done.stdout)}
+
+
+def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
+    """Exact answers by question kind, and captions that name the colour and the shape."""
+    by_key = {f"{image.image_id:06d}": image for image in images}
+    asked, right = Counter[str](), Counter[str]()
+    status = Counter[str]()
+    table = ds.dataset(output / "answers", format="parquet").to_table()
+    for row in table.to_pylist():
+        status[row["status"]] += 1
+        image = by_key[row["sample_id"]]
+        answer = row["answer"] or ""
+        if row["question_id"] == CAPTION["id"]:
+            kind = "caption"
+            is_right = image.colour in answer.split() and image.shape in answer.split()
+        else:
+            question, expected = image.questions[int(row["question_id"][1:])]
+            kind = kind_of(question)
+            is_right = answer == expected
+        asked[kind] += 1
+        right[kind] += is_right
+    questions = [kind for kind in asked if kind != "caption"]
+    return {
+        "rows": table.num_rows,
+        "status": dict(status),
+        "questions": sum(asked[kind] for kind in questions),
+        "questions_right": sum(right[kind] for kind in questions)
+        / sum(asked[k] for k in questions),
+        "captions": asked["caption"],
+        "captions_right": right["caption"] / asked["caption"],
+        "right_by_kind": {kind: right[kind] / asked[kind] for kind in sorted(asked)},
+    }
+
+
+def measure(images: Sequence[LabelledImage], folder: Path) -> dict[str, Any]:
+    shards, output, spec = folder / "shards", folder / "output", folder / "spec.yaml"
+    write_shards(images, shards)
+    spec.write_text(yaml.safe_dump(spec_of(shards, output)))
+    start = time.perf_counter()
+    run = lavaflow("run", str(spec), "--json")
+    wall_s = time.perf_counter() - start
+    verified = lavaflow("verify", str(output))
+    return {
+        "benchmark": "easy-VQA test split through lavaflow run",
+        **score(images, output),
+        "run_exit_status": run["exit_status"],
+        "verify_exit_status": verified["exit_status"],
+        "wall_s": round(wall_s, 1),
+        "versions": {name: version(name) for name in ("easy-vqa", "ray", "torch", "transformers")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=None, help="only the first N images")
+    parser.add_argument("--keep-folder", type=Path, default=None, help="keep shards and table here")
+    arguments = parser.parse_args()
+    images = load_split("test")[: arguments.images]
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = measure(images, arguments.keep_folder or Path(scratch))
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

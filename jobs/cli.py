@@ -1,0 +1,273 @@
+"""The command line. Results go to stdout, everything else to stderr.
+
+Each command imports what it needs when it runs, so that `--help` loads neither torch nor ray. How
+errors become exit statuses is in `exits.py`.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs.exits import Status, StatusGroup
+
+if TYPE_CHECKING:
+    from schemas.job import JobSpec
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_set = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Set a key of the spec, as in generate.batch_size=8 or ask.0.prompt=...; repeatable.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_output = click.option(
+    "-o", "--output", metavar="DST", required=True, help="Folder or URL for the answer table."
+)
+_address = click.option(
+    "--address", envvar="RAY_ADDRESS", show_envvar=True, help="Ray cluster; else this machine."
+)
+_jobs_api = click.option(
+    "--address",
+    envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+    show_envvar=True,
+    help="Ray cluster, as http://HOST:8265.  [default: http://127.0.0.1:8265]",
+)
+_quick = _options(
+    _output,
+    click.option("--model", help="Hub id or local folder.  [default: the embedded model]"),
+    click.option(
+        "--format",
+        type=click.Choice(["webdataset", "images"]),
+        help="What SRC holds.  [default: guessed from its name]",
+    ),
+    click.option("--print-spec", is_flag=True, help="Print the equivalent spec; run nothing."),
+    _set,
+    _address,
+    _json,
+)
+
+
+@click.group(cls=StatusGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lavaflow", message="lavaflow %(version)s")
+def main() -> None:
+    """Caption images and answer questions about them with LLaVA, offline, in bulk.
+
+    \b
+    Try it:              lavaflow demo
+    Your own images:     lavaflow caption photos/ -o answers/ --model llava-hf/llava-1.5-7b-hf
+    A job you repeat:    lavaflow run job.yaml
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    metavar="DST",
+    default="lavaflow-demo",
+    show_default=True,
+    help="Folder for the answer table.",
+)
+@_address
+@_json
+def demo(output: str, address: str | None, as_json: bool) -> None:
+    """Answer questions about the images that come with the package."""
+    from jobs.demo import demo_spec, showcase
+
+    job = demo_spec(output)
+    _run(job, address=address, as_json=as_json, closing=showcase)
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.option("--prompt", help="What is asked of every image.  [default: Describe the image.]")
+@_quick
+def caption(source: str, prompt: str | None, **options: Any) -> None:
+    """Caption the images in SRC: a folder, a glob, tar shards, or a URL of them."""
+    from jobs.quick import CAPTION_PROMPT, caption_ask
+
+    _run_quick(source, caption_ask(prompt or CAPTION_PROMPT), options)
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.option(
+    "-q", "--question", "questions", multiple=True, required=True, help="A question; repeatable."
+)
+@_quick
+def ask(source: str, questions: tuple[str, ...], **options: Any) -> None:
+    """Ask one or more questions about each image in SRC."""
+    from jobs.quick import question_asks
+
+    _run_quick(source, question_asks(questions), options)
+
+
+@main.command()
+@click.argument("spec")
+@_set
+@_address
+@_json
+def run(spec: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Run the job of a spec file, or what is left of it."""
+    from jobs.load import load_spec
+
+    _run(load_spec(spec, overrides), address=address, as_json=as_json)
+
+
+@main.command()
+@click.argument("output", metavar="DST")
+@click.option("--spec", help="Spec file to check against.  [default: the newest run's]")
+@click.pass_context
+def verify(ctx: click.Context, output: str, spec: str | None) -> None:
+    """Check that every input has exactly one outcome; prints JSON."""
+    from jobs.load import load_spec
+    from jobs.records import recorded_spec, with_output
+    from jobs.verify import verify as verify_job
+
+    job = with_output(load_spec(spec), output) if spec else recorded_spec(output)
+    report = verify_job(job)
+    click.echo(json.dumps(report.to_json(), indent=2))
+    if not report.ok:
+        ctx.exit(Status.FAILED)
+
+
+@main.command("spec")
+@click.option("--schema", is_flag=True, help="JSON Schema instead, for editors.")
+def describe_spec(schema: bool) -> None:
+    """Print the reference of the job spec."""
+    if schema:
+        from jobs.load import json_schema
+
+        click.echo(json_schema())
+    else:
+        from jobs.reference import reference_page
+
+        click.echo(reference_page(), nl=False)
+
+
+@main.command()
+@click.argument("spec")
+@_set
+@_jobs_api
+@click.option("--wait", is_flag=True, help="Return when the job is over, with its exit status.")
+@_json
+def submit(
+    spec: str, overrides: tuple[str, ...], address: str | None, wait: bool, as_json: bool
+) -> None:
+    """Run the job of a spec file on a Ray cluster; prints the job's id."""
+    from jobs.load import load_spec
+    from jobs.submit import Cluster
+
+    job = load_spec(spec, overrides)
+    cluster = Cluster(address)
+    job_id = cluster.submit(job)
+    click.echo(json.dumps({"id": job_id, "name": job.name}) if as_json else job_id)
+    if not wait:
+        return
+    over = cluster.wait(job_id)
+    click.echo(f"{job_id} {over.status}", err=True)
+    if over.status != "SUCCEEDED":
+        click.get_current_context().exit(over.exit_status or Status.FAILED)
+
+
+@main.command()
+@click.argument("job_id", metavar="ID")
+@_jobs_api
+@_json
+def status(job_id: str, address: str | None, as_json: bool) -> None:
+    """Say how a submitted job is."""
+    from jobs.submit import Cluster
+
+    found = Cluster(address).status(job_id)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    click.echo(f"{found.id} {found.status}" + (f" ({found.name})" if found.name else ""))
+    if found.message:
+        click.echo(found.message.strip())
+
+
+@main.command()
+@click.argument("job_id", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job is over.")
+@_jobs_api
+def logs(job_id: str, follow: bool, address: str | None) -> None:
+    """Print what a submitted job has written."""
+    from jobs.submit import Cluster
+
+    cluster = Cluster(address)
+    for text in cluster.follow(job_id) if follow else [cluster.logs(job_id)]:
+        click.echo(text, nl=False)
+
+
+@main.command()
+@click.argument("job_id", metavar="ID")
+@_jobs_api
+@_json
+def stop(job_id: str, address: str | None, as_json: bool) -> None:
+    """Stop a submitted job; submitting it again resumes it."""
+    from jobs.submit import Cluster
+
+    stopped = Cluster(address).stop(job_id)
+    if as_json:
+        click.echo(json.dumps({"id": job_id, "stopped": stopped}))
+    else:
+        click.echo(f"{job_id} {'is stopping' if stopped else 'was not running'}")
+
+
+def _run_quick(source: str, asks: list[dict[str, str]], options: dict[str, Any]) -> None:
+    """Run the job of one line; `options` are those of `_quick`."""
+    from jobs.load import build_spec, dump_spec
+    from jobs.quick import quick_spec
+
+    data = quick_spec(
+        source, options["output"], asks, model=options["model"], format=options["format"]
+    )
+    job = build_spec(data, options["overrides"], origin="command line")
+    if options["print_spec"]:
+        click.echo(dump_spec(job), nl=False)
+    else:
+        _run(job, address=options["address"], as_json=options["as_json"])
+
+
+def _run(
+    job: "JobSpec",
+    *,
+    address: str | None,
+    as_json: bool,
+    closing: Callable[["JobSpec"], str] | None = None,
+) -> None:
+    """Run the job, print what came of it, exit with 3 where too many rows failed."""
+    from rich.console import Console
+
+    from jobs.records import summary
+    from jobs.run import run_job
+
+    result = run_job(job, address=address, console=Console(stderr=True))
+    if as_json:
+        click.echo(json.dumps(result.record, indent=2))
+    else:
+        click.echo(summary(result.record), nl=False)
+        if closing:
+            click.echo(closing(job), nl=False)
+    if result.too_many_failed:
+        click.get_current_context().exit(Status.TOO_MANY_FAILED)
+
+
+if __name__ == "__main__":
+    main(prog_name="lavaflow")

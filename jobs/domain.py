@@ -1,0 +1,43 @@
+"""Warns whoever asks the embedded model about images that it does not know.
+
+Looks at the first image of a few shards, through the same reading and decoding as the job itself.
+"""
+
+from collections.abc import Sequence
+
+from pipeline.coverage import Ranges
+from pipeline.decode import decode
+from pipeline.embedded.domain import is_coloured_shape
+from pipeline.read import ShardWork
+from pipeline.sources import open_source
+from schemas.errors import DecodeError
+from schemas.job import EMBEDDED, JobSpec
+
+SHARDS_LOOKED_AT = 8
+
+WARNING = """\
+WARNING: the embedded model knows one coloured shape on a light background, and nothing else.
+{uri}, row {index} is no such image: its answers, and those about images like it, will be
+WRONG, however sure they sound. Name a model that knows your images with --model or model.path,
+such as llava-hf/llava-1.5-7b-hf."""
+
+
+def warning_of(job: JobSpec, work: Sequence[ShardWork]) -> str | None:
+    """The warning for the first image found that the embedded model does not know, if any."""
+    if job.model.path != EMBEDDED:
+        return None
+    source = open_source(job.source)
+    step = max(1, len(work) // SHARDS_LOOKED_AT)
+    for item in work[::step][:SHARDS_LOOKED_AT]:
+        samples = source.read(item.shard, skip=Ranges())
+        sample = next(samples, None)
+        samples.close()
+        if sample is None or sample.image is None:
+            continue
+        try:
+            image = decode(sample.image, max_pixels=job.source.max_image_pixels)
+        except DecodeError:
+            continue
+        if not is_coloured_shape(image):
+            return WARNING.format(uri=item.shard.uri, index=sample.index)
+    return None

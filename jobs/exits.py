@@ -1,0 +1,70 @@
+"""How a command ends: the one place where exceptions become exit statuses.
+
+    0    complete
+    1    the job failed (JobError), or `verify` found a fault
+    2    bad usage or spec (SpecError, click's UsageError)
+    3    complete, but more rows failed than `max_failed_fraction`
+    130  interrupted (Ctrl-C), 143 terminated (SIGTERM)
+
+An error is one message on stderr; only what nobody foresaw keeps its traceback.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from types import FrameType
+from typing import Any
+
+import click
+
+from schemas.errors import LavaflowError, SpecError
+
+
+class Status(IntEnum):
+    COMPLETE = 0
+    FAILED = 1
+    BAD_USAGE = 2
+    TOO_MANY_FAILED = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception: nothing but clean-up stands in its way."""
+
+
+def terminate(signum: int, frame: FrameType | None) -> None:
+    """Signal handler for SIGTERM. `ray.init` puts its own in its place: set it again after that."""
+    raise Terminated
+
+
+class StatusGroup(click.Group):
+    """A group whose errors end as the module says, and whose commands are listed as defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        run: Callable[..., Any] = super().main
+        if not extra.pop("standalone_mode", True):
+            return run(*args, standalone_mode=False, **extra)
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            returned = run(*args, standalone_mode=False, **extra)
+            status = returned if isinstance(returned, int) else Status.COMPLETE
+        except click.ClickException as error:
+            error.show()
+            status = error.exit_code
+        except LavaflowError as error:
+            click.echo(f"Error: {error}", err=True)
+            status = Status.BAD_USAGE if isinstance(error, SpecError) else Status.FAILED
+        except click.Abort:
+            click.echo("Interrupted; the same command goes on from here.", err=True)
+            status = Status.INTERRUPTED
+        except Terminated:
+            click.echo("Terminated; the same command goes on from here.", err=True)
+            status = Status.TERMINATED
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        sys.exit(int(status))

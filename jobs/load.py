@@ -1,0 +1,157 @@
+"""From what a person wrote to a JobSpec: YAML, `--set` overrides, absolute paths; and back.
+
+Precedence: defaults, then the file, then `--set`. Knows nothing of Ray, and opens no store.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jobs import yaml12
+from jobs.mistakes import mistakes
+from schemas.errors import SpecError
+from schemas.job import EMBEDDED, JobSpec
+
+
+def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job of a YAML file, with `KEY=VALUE` overrides.
+
+    Raises SpecError, naming every mistake, for a file that is missing, not YAML or not a spec.
+    """
+    return build_spec(read_yaml(path), overrides, origin=path)
+
+
+def build_spec(data: dict[str, Any], overrides: Sequence[str] = (), *, origin: str) -> JobSpec:
+    """The job that the mapping and the overrides say; `origin` names it in errors.
+
+    Relative local paths become absolute: the workers run in other folders.
+    """
+    data = override(data, overrides)
+    try:
+        # JSON is where pydantic's strict mode takes lists for tuples and nothing else for granted.
+        job = JobSpec.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise SpecError(_told(mistakes(error), origin=origin)) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SpecError(f"{origin}: holds a value that no key takes: {error}") from error
+    return _with_absolute_paths(job)
+
+
+def _told(lines: Sequence[str], *, origin: str) -> str:
+    if len(lines) == 1:
+        return f"{origin}: {lines[0]}"
+    return "\n  ".join([f"{origin}: {len(lines)} mistakes", *lines])
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SpecError."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    try:
+        data = yaml12.load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(_yaml_mistake(path, error)) from error
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else f"holds {data!r:.60}"
+        raise SpecError(f"{path}: {found}; a spec is a mapping with source, ask and output")
+    return data
+
+
+def _yaml_mistake(path: str, error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{path}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return f"{path}: not YAML: {error}"
+
+
+def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with each `a.b.0.c=VALUE` set; the value is YAML. Raises SpecError."""
+    result = copy.deepcopy(data)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise SpecError(f"--set {text!r}: write it as KEY=VALUE, as in generate.batch_size=8")
+        try:
+            parsed = yaml12.load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(_yaml_mistake(f"--set {text!r}", error)) from error
+        _set(result, key.strip().split("."), parsed, text=text)
+    return result
+
+
+def _set(data: dict[str, Any], keys: Sequence[str], value: Any, *, text: str) -> None:
+    inside: Any = data
+    for depth, key in enumerate(keys):
+        slot = _slot(inside, key, text=text, key=".".join(keys[:depth]))
+        if depth == len(keys) - 1:
+            inside[slot] = value
+            return
+        if inside[slot] is None:
+            inside[slot] = [] if keys[depth + 1].isdigit() else {}
+        inside = inside[slot]
+
+
+def _slot(inside: Any, part: str, *, text: str, key: str) -> str | int:
+    """The key or index of `inside` that `part` names, made where it is not there yet."""
+    if isinstance(inside, dict):
+        inside.setdefault(part, None)
+        return part
+    if not isinstance(inside, list):
+        raise SpecError(f"--set {text!r}: {key} is {inside!r:.60}, which has no {part!r} in it")
+    if not part.isdigit() or int(part) > len(inside):
+        raise SpecError(
+            f"--set {text!r}: {key} is a list of {len(inside)}; write {key}.N with N from 0, "
+            f"{len(inside)} to add an entry"
+        )
+    if int(part) == len(inside):
+        inside.append(None)
+    return int(part)
+
+
+def _with_absolute_paths(job: JobSpec) -> JobSpec:
+    path = job.source.path
+    source = absolute(path) if isinstance(path, str) else tuple(absolute(p) for p in path)
+    return job.model_copy(
+        update={
+            "source": job.source.model_copy(update={"path": source}),
+            "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
+            "model": job.model.model_copy(update={"path": _model_path(job.model.path)}),
+        }
+    )
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute against the current folder, `~` expanded; a URL as it is."""
+    if "://" in path or "::" in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _model_path(path: str) -> str:
+    """A hub id looks like a relative path: only what is a local folder, or says so, is one."""
+    is_local = path.startswith(("./", "../", "~")) or Path(path).is_dir()
+    return absolute(path) if is_local and path != EMBEDDED else path
+
+
+def dump_spec(job: JobSpec) -> str:
+    """The job as YAML that loads back equal; only what differs from the defaults."""
+    return yaml12.dump(job.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+
+
+def json_schema() -> str:
+    """JSON Schema of a spec, for editors."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **JobSpec.model_json_schema(by_alias=True),
+    }
+    return json.dumps(schema, indent=2)

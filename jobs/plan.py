@@ -1,0 +1,53 @@
+"""What a run would do: everything that can be checked or counted before Ray starts.
+
+A mistake in the spec, the source, the model's path or the output is found here, while nothing has
+been loaded or started.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.commit import AnswerTable
+from pipeline.engine.checkpoint import check_model
+from pipeline.fingerprint import model_fingerprint, question_fingerprints
+from pipeline.footer import Fingerprint
+from pipeline.read import ShardWork
+from pipeline.sources import open_source
+from pipeline.sources.base import Shard
+from schemas.errors import SpecError
+from schemas.job import JobSpec
+from schemas.tables import RESERVED_COLUMNS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job whose every part exists, and what its output holds already."""
+
+    job: JobSpec
+    shards: Sequence[Shard]
+    keep: Mapping[str, pa.DataType]
+    fingerprint: Fingerprint
+    table: AnswerTable
+
+    def work(self) -> list[ShardWork]:
+        """The shards that are not complete, with what is answered of each."""
+        known = [(s, self.table.coverage.of(s.uri, s.identity)) for s in self.shards]
+        units = self.job.units
+        return [ShardWork(s, done) for s, done in known if not done.is_complete(units)]
+
+
+def plan(job: JobSpec) -> Plan:
+    """Check the job and look at what its output holds. Raises SpecError for what cannot work."""
+    if clash := sorted(set(job.source.keep) & RESERVED_COLUMNS):
+        raise SpecError(f"source.keep: {clash[0]!r} is a column of the answer table; drop it")
+    source = open_source(job.source)
+    shards = source.list()
+    check_model(job.model)
+    keep = source.keep_types()
+    fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
+    table = AnswerTable(job.output, keep=keep, fingerprint=fingerprint)
+    table.output.prepare()
+    table.open(shards)
+    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, table=table)

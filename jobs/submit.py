@@ -1,0 +1,138 @@
+"""The same job on a Ray cluster, through Ray's Jobs API: submit, status, logs, stop.
+
+The spec travels alone: Lavaflow must be installed on the cluster, and the paths of the spec must
+mean the same there. Knows nothing of what a job does.
+"""
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.load import dump_spec
+from schemas.errors import JobError, SpecError
+from schemas.job import JobSpec
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ENTRYPOINT = "python -m jobs.cli run spec.yaml"
+POLL_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What a cluster says of a job. Times are seconds since 1970; null until it happened."""
+
+    id: str
+    name: str
+    status: str
+    message: str
+    started_at: float | None
+    ended_at: float | None
+    exit_status: int | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in {"SUCCEEDED", "FAILED", "STOPPED"}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Cluster:
+    """The Jobs API of one cluster: `http://HOST:8265`, or an address that Ray itself knows.
+
+    Every method raises JobError where the cluster cannot be reached or does not know the job.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Imported here: Ray takes seconds, and only these commands talk to a cluster.
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address or DEFAULT_ADDRESS
+        # Ray lets RAY_ADDRESS overrule the argument, and this variable overrule both.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
+        with self._errors():
+            self._client = JobSubmissionClient(self.address)
+
+    def submit(self, job: JobSpec) -> str:
+        """Start the job; returns its id."""
+        with tempfile.TemporaryDirectory(prefix="lavaflow-") as folder, self._errors():
+            Path(folder, "spec.yaml").write_text(dump_spec(job), encoding="utf-8")
+            return str(
+                self._client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    runtime_env={"working_dir": folder},
+                    metadata={"name": job.name},
+                )
+            )
+
+    def status(self, job_id: str) -> JobStatus:
+        with self._errors(job_id):
+            info = self._client.get_job_info(job_id)
+        return JobStatus(
+            id=job_id,
+            name=(info.metadata or {}).get("name", ""),
+            status=str(getattr(info.status, "value", info.status)),
+            message=info.message or "",
+            started_at=_seconds(info.start_time),
+            ended_at=_seconds(info.end_time),
+            exit_status=info.driver_exit_code,
+        )
+
+    def wait(self, job_id: str) -> JobStatus:
+        """The status once the job is over."""
+        while not (status := self.status(job_id)).is_over:
+            time.sleep(POLL_INTERVAL_S)
+        return status
+
+    def logs(self, job_id: str) -> str:
+        """All that the job has written so far."""
+        with self._errors(job_id):
+            return str(self._client.get_job_logs(job_id))
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """What the job writes, as it does, until it is over."""
+        self.status(job_id)
+        lines = self._client.tail_job_logs(job_id)
+        with self._errors(job_id), asyncio.Runner() as runner:
+            while True:
+                try:
+                    yield runner.run(anext(lines))
+                except StopAsyncIteration:
+                    return
+
+    def stop(self, job_id: str) -> bool:
+        """Ask the job to stop; whether it was running."""
+        with self._errors(job_id):
+            return bool(self._client.stop_job(job_id))
+
+    @contextlib.contextmanager
+    def _errors(self, job_id: str | None = None) -> Iterator[None]:
+        import requests
+
+        try:
+            yield
+        except (ConnectionError, requests.exceptions.ConnectionError) as error:
+            raise JobError(
+                f"no Ray cluster answers at {self.address}; start one with `ray start --head`, or "
+                "name its dashboard with --address http://HOST:8265"
+            ) from error
+        except (ValueError, requests.exceptions.InvalidURL) as error:
+            raise SpecError(f"--address {self.address!r}: {error}") from error
+        except RuntimeError as error:
+            if job_id and "404" in str(error):
+                raise JobError(
+                    f"the cluster at {self.address} knows no job {job_id!r}; "
+                    "`ray job list` shows those it knows"
+                ) from error
+            raise JobError(f"the cluster at {self.address} refused: {error}") from error
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return milliseconds / 1000 if milliseconds else None

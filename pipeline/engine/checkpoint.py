@@ -1,0 +1,248 @@
+"""A checkpoint's files, before any weight is read: where they are and whether they will do.
+
+The same code serves the embedded model, a local folder and a hub id. It runs on the driver, so it
+imports neither torch nor transformers; what it cannot prove from the files, `load.py` proves.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline import embedded
+from schemas.errors import SpecError
+from schemas.job import EMBEDDED, ModelSpec
+
+HUB_TIMEOUT_S = 10.0
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+PLAIN_DECODING: Mapping[str, tuple[object, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "num_beams": (1,),
+    "guidance_scale": (1.0,),
+    "penalty_alpha": (0.0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+}
+"""Keys of generation_config.json that change a greedy answer, and their values (besides null) that
+do not. The engine applies none of them."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one checkpoint. `path` is a folder, or a hub id at the commit `revision`."""
+
+    path: str
+    revision: str | None
+    files: frozenset[str]
+
+    def open(self, name: str) -> Path:
+        """The file on this machine, downloaded first where the checkpoint is on the hub."""
+        if self.revision is None:
+            return Path(self.path) / name
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.path, name, revision=self.revision))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The file's object, `{}` where there is no such file. Raises SpecError for bad JSON."""
+        if name not in self.files:
+            return {}
+        try:
+            value = json.loads(self.open(name).read_text("utf-8"))
+        except ValueError as error:
+            raise SpecError(f"model {self.path}: {name} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise SpecError(f"model {self.path}: {name} holds no JSON object")
+        return value
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        return self.read_json("config.json")
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the safetensors files that hold the weights, whether they are there or not."""
+        if WEIGHTS_INDEX in self.files:
+            return sorted(set(self.read_json(WEIGHTS_INDEX).get("weight_map", {}).values()))
+        return [WEIGHTS] if WEIGHTS in self.files else []
+
+
+def resolve(spec: ModelSpec) -> str:
+    """What transformers is to load: the embedded folder, a local folder or a hub id."""
+    if spec.path == EMBEDDED:
+        return str(embedded.CHECKPOINT)
+    return os.path.expanduser(spec.path)
+
+
+def open_checkpoint(spec: ModelSpec) -> Checkpoint:
+    """List the checkpoint's files. Raises SpecError where there is nothing to be found.
+
+    A hub id is pinned to the commit its revision names now. Without a network it is what the local
+    cache holds of it.
+    """
+    path = resolve(spec)
+    if "://" in path:
+        raise SpecError(f"model.path {path!r} is a URL: give a hub id or a local folder")
+    if Path(path).exists() or path.startswith(("/", ".", "~")):
+        return _local(path)
+    return _on_hub(spec)
+
+
+def _local(path: str) -> Checkpoint:
+    folder = Path(path)
+    if not folder.exists():
+        raise SpecError(f"model.path {path!r} does not exist")
+    if not folder.is_dir():
+        raise SpecError(f"model.path {path!r} is a file: name the folder that holds config.json")
+    return Checkpoint(path, None, frozenset(f.name for f in folder.iterdir() if f.is_file()))
+
+
+def _on_hub(spec: ModelSpec) -> Checkpoint:
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    name = f"{spec.path}@{spec.revision}" if spec.revision else spec.path
+    try:
+        info = HfApi().model_info(spec.path, revision=spec.revision, timeout=HUB_TIMEOUT_S)
+    except errors.HFValidationError as error:
+        raise SpecError(f"model.path {spec.path!r} is neither a folder nor a hub id") from error
+    except errors.GatedRepoError as error:
+        raise SpecError(
+            f"model {name} is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SpecError(f"model {spec.path} has no revision {spec.revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise SpecError(
+            f"model {name} is not on the hub (or is private: set HF_TOKEN), and there is no folder "
+            "of that name"
+        ) from error
+    except (errors.HTTPError, OSError) as error:
+        cached = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
+        if isinstance(cached, str):
+            return _local(str(Path(cached).parent))
+        raise SpecError(
+            f"model {name}: the hub cannot be reached ({error}), the local cache does not hold it "
+            "and there is no folder of that name"
+        ) from error
+    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    return Checkpoint(spec.path, info.sha, files)
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Refuse, before anything is started, a checkpoint that cannot work. Raises SpecError."""
+    checkpoint = open_checkpoint(spec)
+    _check_config(checkpoint)
+    _check_weights(checkpoint)
+    _check_texts(checkpoint)
+    _check_attention(spec, checkpoint)
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    if "config.json" not in checkpoint.files:
+        raise SpecError(f"model {checkpoint.path} has no config.json: it is no checkpoint folder")
+    model_type = checkpoint.config.get("model_type")
+    architectures = checkpoint.config.get("architectures") or [ARCHITECTURE]
+    if model_type != "llava" or ARCHITECTURE not in architectures:
+        raise SpecError(
+            f"model {checkpoint.path} is a {architectures[0]} (model_type {model_type!r}); only "
+            f"{ARCHITECTURE} (model_type 'llava') is supported, such as llava-hf/llava-1.5-7b-hf"
+        )
+    decoding = checkpoint.read_json("generation_config.json")
+    for key, neutral in PLAIN_DECODING.items():
+        value = decoding.get(key)
+        if value is not None and value not in neutral:
+            raise SpecError(
+                f"model {checkpoint.path}: generation_config.json sets {key}={value!r}, which is "
+                "not supported; decoding is plain greedy. Remove the key"
+            )
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    weights = checkpoint.weights
+    if not weights:
+        old = sorted(f for f in checkpoint.files if f.endswith((".bin", ".pt", ".pth")))
+        raise SpecError(
+            f"model {checkpoint.path} has no {WEIGHTS}"
+            + (
+                f", only {old[0]}: convert it with transformers' `save_pretrained`, pickled "
+                "weights can run code and are not loaded"
+                if old
+                else ""
+            )
+        )
+    if missing := [name for name in weights if name not in checkpoint.files]:
+        raise SpecError(
+            f"model {checkpoint.path}: {WEIGHTS_INDEX} names {', '.join(missing)}, missing here: "
+            "finish the download"
+        )
+    if checkpoint.revision is None:
+        for name in weights:
+            _header_dtypes(checkpoint.open(name))
+
+
+def _check_texts(checkpoint: Checkpoint) -> None:
+    for what, names in (("processor", PROCESSOR_FILES), ("tokenizer", TOKENIZER_FILES)):
+        if checkpoint.files.isdisjoint(names):
+            raise SpecError(f"model {checkpoint.path} has no {what}: wants {' or '.join(names)}")
+
+
+def _check_attention(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """The package may be on the workers only, so `load_model` asks for it there."""
+    if spec.attention != "flash_attention_2":
+        return
+    if spec.device == "cpu":
+        raise SpecError("model.attention flash_attention_2 needs a GPU; model.device is cpu")
+    if (dtype := dtype_name(spec, checkpoint)) == "float32":
+        raise SpecError(
+            f"model.attention flash_attention_2 needs bfloat16 or float16; model.dtype "
+            f"{spec.dtype} is {dtype} for {spec.path}"
+        )
+
+
+def dtype_name(spec: ModelSpec, checkpoint: Checkpoint) -> str:
+    """The dtype the model runs in: `float32`, `bfloat16` or `float16`.
+
+    `auto` is float32 for `embedded`, else what config.json says, else that of the stored weights.
+    """
+    if spec.dtype != "auto":
+        return spec.dtype
+    if spec.path == EMBEDDED:
+        return "float32"
+    config = checkpoint.config
+    for part in (config, config.get("text_config") or {}):
+        if name := part.get("dtype") or part.get("torch_dtype"):
+            return str(name).removeprefix("torch.")
+    stored = _header_dtypes(checkpoint.open(checkpoint.weights[0]))
+    return next((SAFETENSORS_DTYPES[d] for d in stored if d in SAFETENSORS_DTYPES), "float32")
+
+
+SAFETENSORS_DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _header_dtypes(path: Path) -> list[str]:
+    """The dtype of each tensor, as safetensors names them. Raises SpecError for a broken file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return [file.get_slice(name).get_dtype() for name in sorted(file.keys())]
+    except (SafetensorError, OSError) as error:
+        raise SpecError(f"{path} is broken or cut off ({error}): download it again") from error

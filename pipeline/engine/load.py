@@ -1,0 +1,138 @@
+"""A checkpoint into memory: its processor for the CPU actors, its model for the accelerator.
+
+Embedded, local and hub checkpoints take the same way. torch and transformers are imported inside
+the functions, so that the driver and `--help` never pay for them.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from schemas.errors import SpecError
+from schemas.job import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+
+def load_config(spec: ModelSpec) -> "LlavaConfig":
+    """The configuration with the defaults of its parts filled in; no weights."""
+    from transformers import LlavaConfig
+
+    checkpoint = open_checkpoint(spec)
+    with _quiet(), _faults_of(checkpoint):
+        return LlavaConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+
+
+def load_processor(spec: ModelSpec) -> "LlavaProcessor":
+    """The checkpoint's processor on the PIL backend, padding left.
+
+    The backend is named because transformers picks torchvision's wherever that is installed, whose
+    resizing gives other pixels. Raises SpecError where processor and model do not fit each other.
+    """
+    from transformers import LlavaProcessor
+
+    checkpoint = open_checkpoint(spec)
+    with _quiet(), _faults_of(checkpoint):
+        processor = LlavaProcessor.from_pretrained(
+            checkpoint.path,
+            revision=checkpoint.revision or "main",
+            backend="pil",
+            padding_side="left",
+        )
+    if processor.image_processor.backend != "pil":
+        raise SpecError(
+            f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
+        )
+    _check_vocabulary(processor, load_config(spec), name=spec.path)
+    return processor
+
+
+def _check_vocabulary(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
+    if processor.image_token_id != config.image_token_id:
+        raise SpecError(
+            f"model {name}: the processor's image token {processor.image_token!r} is "
+            f"{processor.image_token_id}, config.json's image_token_index {config.image_token_id}"
+        )
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= config.text_config.vocab_size:
+        raise SpecError(
+            f"model {name}: the tokenizer's largest id is {largest}, but the model embeds only "
+            f"{config.text_config.vocab_size} tokens: resize the embeddings"
+        )
+
+
+def device_of(spec: ModelSpec) -> "torch.device":
+    """The device the model runs on here. Raises SpecError for `cuda` where there is none."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if spec.device == "cuda" and not has_cuda:
+        raise SpecError(
+            "model.device is cuda, but this actor sees no GPU: set resources.generate.gpus, or "
+            "model.device to auto"
+        )
+    return torch.device("cuda" if has_cuda and spec.device != "cpu" else "cpu")
+
+
+def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalGeneration":
+    """The model in eval mode, on `device`, in the dtype that `dtype_name` gives.
+
+    Raises SpecError for weights that are missing or of another shape, which transformers would
+    draw at random, and for an attention kernel that is not installed.
+    """
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    flash = importlib.util.find_spec("flash_attn") or importlib.util.find_spec("kernels")
+    if spec.attention == "flash_attention_2" and not flash:
+        raise SpecError(
+            "model.attention is flash_attention_2, but flash-attn is not installed on this worker: "
+            "install it, or set model.attention to sdpa"
+        )
+    checkpoint = open_checkpoint(spec)
+    with _quiet(), _faults_of(checkpoint):
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint.path,
+            revision=checkpoint.revision or "main",
+            dtype=getattr(torch, dtype_name(spec, checkpoint)),
+            attn_implementation=None if spec.attention == "auto" else spec.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise SpecError(
+            f"model {spec.path}: {len(missing)} weights are missing, {missing[0]} among them"
+        )
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _faults_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """What transformers raises for bad files (it has no classes of its own) as a SpecError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SpecError(
+            f"model {checkpoint.path} cannot be loaded: {type(error).__name__}: {first}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no pages of warnings in a worker's log; errors still reach it."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

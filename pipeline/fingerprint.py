@@ -1,0 +1,89 @@
+"""What decides an answer, as short hashes: whether a table may be continued.
+
+One side is the model's (weights, processor, dtype, template, limits), one is each question's.
+Attention kernel, device, batch size and actors do not decide an answer and are left out. Runs on
+the driver and imports no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from pipeline.prompt import LLAVA_1_5_TEMPLATE
+from schemas.job import ROW_QUESTIONS, AskPrompt, JobSpec
+from schemas.tables import SCHEMA_VERSION
+
+TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
+PROCESSOR_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+NOT_DECIDING = frozenset({"model.safetensors.index.json", "README.md"})
+
+
+def model_fingerprint(job: JobSpec) -> dict[str, str]:
+    """Named components, each a readable value or a hash, so that a refusal can say which differs.
+
+    Costs a read of the weights of a local folder; a hub id is known by its commit.
+    """
+    checkpoint = open_checkpoint(job.model)
+    pinned = checkpoint.revision
+    columns = job.source.columns
+    return {
+        "weights": f"commit {pinned}" if pinned else _of_files(checkpoint, checkpoint.weights),
+        "processor": f"commit {pinned}" if pinned else _of_files(checkpoint, _texts(checkpoint)),
+        "dtype": dtype_name(job.model, checkpoint),
+        "template": _template(checkpoint),
+        "system_prompt": digest({"text": job.model.system_prompt}),
+        "decoding": "greedy",
+        "image": digest({"column": columns.image, "max_pixels": job.source.max_image_pixels}),
+        "conversation": digest({"column": columns.conversation}),
+        "schema_version": str(SCHEMA_VERSION),
+    }
+
+
+def question_fingerprints(job: JobSpec) -> dict[str, str]:
+    """One hash for each unit of the job: what is asked, and how long the answer may be."""
+    prints = {}
+    for unit, ask in zip(job.units, job.ask, strict=True):
+        longest = job.max_new_tokens(ask)
+        if isinstance(ask, AskPrompt):
+            prints[unit] = digest({"prompt": ask.prompt, "max_new_tokens": longest})
+        else:
+            column = job.source.columns.questions
+            prints[unit] = digest(
+                {"from": ROW_QUESTIONS, "column": column, "max_new_tokens": longest}
+            )
+    return prints
+
+
+def digest(components: Mapping[str, object]) -> str:
+    """A short hash of a mapping, the same for any order of its keys: 16 hex digits."""
+    text = json.dumps(dict(components), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _texts(checkpoint: Checkpoint) -> list[str]:
+    """Configurations, tokenizer and template: every file but the weights that could matter."""
+    return sorted(
+        name
+        for name in checkpoint.files
+        if name.endswith(PROCESSOR_SUFFIXES) and name not in NOT_DECIDING
+    )
+
+
+def _template(checkpoint: Checkpoint) -> str:
+    if files := sorted(TEMPLATES & checkpoint.files):
+        return _of_files(checkpoint, files)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        if template := checkpoint.read_json(name).get("chat_template"):
+            return digest({"template": template})
+    return digest({"template": LLAVA_1_5_TEMPLATE})
+
+
+def _of_files(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """A hash of the files' names and contents, whatever folder they lie in: 16 hex digits."""
+    whole = hashlib.sha256()
+    for name in names:
+        with checkpoint.open(name).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{name} {content}\n".encode())
+    return whole.hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""The chain that every row goes through, top to bottom. The only importer of ray.data.
+
+    read  ->  prepare  ->  generate  ->  write
+    tasks     CPU actors   accelerator   tasks
+                           actors
+
+Blocks are cut to one batch before the first actor, so that each call of a stage is one batch and
+what a kill can cost is a batch in flight, not a shard.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.encode import Encode
+from pipeline.footer import Fingerprint
+from pipeline.generate import Generate
+from pipeline.read import ShardWork, read_shards
+from pipeline.resources import Resources
+from pipeline.write import write_part
+from schemas.errors import JobError, LavaflowError
+from schemas.job import JobSpec
+
+FILES_PER_TASK = 64
+"""Shards of a single row (image files) that one read task takes; other shards get a task each."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages have to know of one run of a job."""
+
+    job: JobSpec
+    keep: Mapping[str, pa.DataType]
+    run_id: str
+    fingerprint: Fingerprint
+    resources: Resources
+
+
+def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
+    """Answer the missing rows of the shards; yields the receipt of each part as it is durable.
+
+    Raises JobError where Ray gives up. Needs `session`.
+    """
+    job, keep, r = run.job, run.keep, run.resources
+    chain = (
+        ray.data.read_datasource(ShardReads(job, work, keep=keep), num_cpus=r.read_cpus)
+        .repartition(target_num_rows_per_block=r.batch_size)
+        .map_batches(
+            Encode,
+            fn_constructor_args=(job, keep),
+            batch_size=r.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=r.preprocess_actors[0], max_size=r.preprocess_actors[1]
+            ),
+            num_cpus=r.preprocess_cpus,
+        )
+        .map_batches(
+            Generate,
+            fn_constructor_args=(job, keep),
+            fn_constructor_kwargs={"run_id": run.run_id, "threads": r.generate_threads},
+            batch_size=r.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
+            num_cpus=r.generate_cpus,
+            num_gpus=r.generate_gpus,
+        )
+        .map_batches(
+            write_part,
+            fn_kwargs={"output": job.output, "keep": keep, "fingerprint": run.fingerprint},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=r.write_cpus,
+        )
+    )
+    with _errors_of_the_job():
+        yield from chain.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+class ShardReads(Datasource):  # type: ignore[misc]  # ray is untyped here
+    """Shards as Ray Data reads them: one task a shard, small files many to a task."""
+
+    def __init__(
+        self, job: JobSpec, work: Sequence[ShardWork], *, keep: Mapping[str, pa.DataType]
+    ) -> None:
+        super().__init__()
+        self._job, self._work, self._keep = job, work, keep
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task for each group of shards; the parallelism that Ray suggests is not used."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [self._task(group, unknown) for group in groups_of(self._work)]
+
+    def _task(self, group: Sequence[ShardWork], metadata: BlockMetadata) -> ReadTask:
+        job, keep = self._job, self._keep
+        return ReadTask(lambda: read_shards(job, group, keep=keep), metadata)
+
+
+def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:
+    """The shards of each read task, in order; every shard is in exactly one."""
+    files = [item for item in work if item.shard.rows == 1]
+    shards = [item for item in work if item.shard.rows != 1]
+    starts = range(0, len(files), FILES_PER_TASK)
+    return [*([s] for s in shards), *(files[start : start + FILES_PER_TASK] for start in starts)]
+
+
+@contextlib.contextmanager
+def session(address: str | None) -> Iterator[dict[str, float]]:
+    """A Ray session, here or on the cluster at `address`; gives the cluster's resources.
+
+    A session that the caller has opened with `ray.init` is used as it is, and left open.
+
+    Ray puts the driver's working directory on its workers' path: connecting from where our own
+    packages live keeps a folder of the user's that is also called `jobs` from being imported.
+    """
+    if ray.is_initialized():
+        _quiet()
+        yield ray.cluster_resources()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = {} if address else {"include_dashboard": False}
+    try:
+        with contextlib.chdir(Path(__file__).parents[1]):
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise JobError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
+    try:
+        _quiet()
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def _errors_of_the_job() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LavaflowError):
+            raise JobError(str(cause)) from error
+        raise JobError(f"a worker failed: {cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise JobError(f"Ray gave up: {error}") from error

@@ -1,0 +1,82 @@
+"""The first step: shards to tables of samples, with the end of each shard marked.
+
+Knows what is still to be answered of each shard, but neither formats (`sources/`) nor ray.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.coverage import ShardCoverage
+from pipeline.sources import open_source
+from pipeline.sources.base import Sample, Shard, Source
+from schemas.errors import RowError
+from schemas.job import JobSpec
+from schemas.tables import KEEP, SAMPLE, error_of, table_of, with_keep
+
+MAX_TABLE_BYTES = 16 * 2**20
+MAX_TABLE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """A shard that is not complete, and what is answered of it already."""
+
+    shard: Shard
+    done: ShardCoverage
+
+
+def read_shards(
+    job: JobSpec, work: Sequence[ShardWork], *, keep: Mapping[str, pa.DataType]
+) -> Iterator[pa.Table]:
+    """Tables of SAMPLE rows (plus kept columns), each of bounded size.
+
+    Rows that have all their answers are left out; each shard's end is marked.
+    """
+    schema = with_keep(SAMPLE, keep)
+    rows: list[dict[str, Any]] = []
+    n_bytes = 0
+    for row in _rows(job, work, source=open_source(job.source)):
+        rows.append(row)
+        n_bytes += len(row.get("image") or b"")
+        if n_bytes >= MAX_TABLE_BYTES or len(rows) >= MAX_TABLE_ROWS:
+            yield table_of(rows, schema)
+            rows, n_bytes = [], 0
+    if rows:
+        yield table_of(rows, schema)
+
+
+def _rows(job: JobSpec, work: Sequence[ShardWork], *, source: Source) -> Iterator[dict[str, Any]]:
+    for item in work:
+        place = {"source_uri": item.shard.uri, "shard_identity": item.shard.identity}
+        samples = source.read(item.shard, skip=item.done.answered_rows(job.units))
+        while True:
+            try:
+                sample = next(samples)
+            except StopIteration as end:
+                yield {**place, "rows_total": end.value}
+                break
+            units = item.done.missing_units(sample.index, job.units)
+            yield {**place, "units": units, **_columns(sample)}
+
+
+def _columns(sample: Sample) -> dict[str, Any]:
+    questions, conversation = sample.questions, sample.conversation
+    columns: dict[str, Any] = {
+        "source_index": sample.index,
+        "sample_id": sample.sample_id,
+        "image": sample.image,
+        "error": error_of(sample.error),
+        **{KEEP + name: value for name, value in sample.keep.items()},
+    }
+    if isinstance(questions, RowError):
+        columns["questions_error"] = error_of(questions)
+    elif questions is not None:
+        columns["questions"] = [{"id": q.id, "question": q.text} for q in questions]
+    if isinstance(conversation, RowError):
+        columns["conversation_error"] = error_of(conversation)
+    elif conversation is not None:
+        columns["conversation"] = [{"role": t.role, "content": t.content} for t in conversation]
+    return columns

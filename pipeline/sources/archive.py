@@ -1,0 +1,104 @@
+"""A tar read once, from its start to its end, without believing what tarfile forgives.
+
+`tarfile` ends quietly at a broken header, at a missing end mark and at a cut gzip stream; samples
+would be lost without a word. Here all of these are ShardUnreadable. Only the member at hand is in
+memory. This module knows members, not samples.
+"""
+
+import gzip
+import io
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from pipeline.storage import filesystem, store_errors
+from schemas.errors import ShardUnreadable
+from schemas.job import StorageSpec
+
+GZIP_MAGIC = b"\x1f\x8b"
+BUFFER_BYTES = 2**20
+
+# Not in the type stubs: what tarfile raises at the end mark, and where no byte is left.
+_END_MARK: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_NO_BYTES: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-defined]
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A member's header; one that is broken or missing is an error, not the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except _END_MARK:
+            raise
+        except _NO_BYTES as error:
+            raise tarfile.ReadError("it ends without an end-of-archive mark") from error
+        except (tarfile.HeaderError, ValueError) as error:
+            # ValueError: numbers of extended headers that are none.
+            raise tarfile.ReadError(f"no tar header is here: {error}") from error
+
+
+class Archive:
+    """The members of one tar, in order; `offset` is where the header of the latest one starts."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self.offset = 0
+        self._tar: Any = tar
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Every member; raises where the archive breaks off or goes on after its end mark."""
+        while (member := self._tar.next()) is not None:
+            self.offset = member.offset
+            yield member
+            self._tar.members.clear()  # tarfile remembers every header that it has seen
+        self._expect_end()
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The content of the latest member, whole."""
+        data = bytes(self._tar.extractfile(member).read())
+        if len(data) < member.size:
+            raise tarfile.ReadError(f"{member.name!a} has {len(data)} of its {member.size} bytes")
+        return data
+
+    def _expect_end(self) -> None:
+        while block := self._tar.fileobj.read(BUFFER_BYTES):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("more data follows the end-of-archive mark")
+
+
+@contextmanager
+def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
+    """The archive at `uri`, whatever its compression (none, gzip, bzip2, xz).
+
+    Raises ShardUnreadable where it cannot be opened and, from inside the `with` block, where it
+    cannot be read to its end.
+    """
+    archive: Archive | None = None
+    try:
+        fs, path = filesystem(uri, storage)
+        with fs.open(path, "rb") as file:
+            stream = _decompressed(file)
+            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader) as tar:
+                archive = Archive(tar)
+                yield archive
+    except FileNotFoundError as error:
+        raise ShardUnreadable(f"{uri}: the file is gone since it was listed") from error
+    except _reading_errors() as error:
+        place = f"at or after byte {archive.offset}" if archive else "at its start"
+        raise ShardUnreadable(f"{uri}: the archive breaks off {place}: {error}") from error
+
+
+def _decompressed(file: Any) -> io.BufferedIOBase:
+    """The bytes inside gzip; tarfile's own reader checks no checksum and stops after one member."""
+    stream = io.BufferedReader(file, BUFFER_BYTES)
+    if stream.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC:
+        return gzip.GzipFile(fileobj=stream, mode="rb")
+    return stream
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    return (*store_errors(), tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)

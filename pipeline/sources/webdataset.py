@@ -1,0 +1,225 @@
+"""The `webdataset` format: tar shards in which the members of one sample follow each other.
+
+A member's key is its path up to the first dot of its base name, the rest is its suffix, in lower
+case. Folders, base names that start with a dot and names without a suffix are passed over.
+Neighbours of one key are one sample; a key that comes back later, or a suffix that the sample has
+already, begins a new one. A row's index is the number of its sample in the shard.
+
+The columns of a row are the keys of its `.json` member, and `txt` and `cls` from the members of
+that name, which win. This module decodes no image and decides no question.
+"""
+
+import json
+import tarfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipeline.coverage import Ranges
+from pipeline.sources.archive import Archive, open_archive
+from pipeline.sources.base import (
+    IMAGE_SUFFIXES,
+    KEY,
+    Question,
+    Sample,
+    Shard,
+    Turn,
+    valid_text,
+)
+from pipeline.sources.questions import parse_conversation, parse_questions
+from pipeline.storage import list_files
+from schemas.errors import (
+    ConversationMalformed,
+    ImageMissing,
+    QuestionsMalformed,
+    RowError,
+    ShardUnreadable,
+)
+from schemas.job import SourceSpec
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TEXT_SUFFIXES = ("txt", "cls")
+
+
+@dataclass
+class _Group:
+    """The members of one sample so far: suffix -> content, None where nobody asked for it."""
+
+    key: str
+    members: dict[str, bytes | None] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a row knows about itself, or why its `.json` member cannot say."""
+
+    values: Mapping[str, object]
+    broken: str | None = None
+
+
+class WebDataset:
+    """Tar shards, plain or compressed, read as one stream each."""
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self.spec = spec
+        columns = spec.columns
+        self.image_suffix = columns.image.lower().lstrip(".") if columns.image else None
+        asked = {columns.id, columns.questions, columns.conversation, *spec.keep}
+        self.suffixes = {"json", *(suffix for suffix in TEXT_SUFFIXES if suffix in asked)}
+
+    def keep_types(self) -> Mapping[str, pa.DataType]:
+        return {name: pa.string() for name in self.spec.keep}
+
+    def list(self) -> Sequence[Shard]:
+        files = list_files(self.spec.paths, self.spec.storage, suffixes=SHARD_SUFFIXES)
+        return [Shard(file.uri, file.identity) for file in files]
+
+    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
+        index = 0
+        try:
+            with open_archive(shard.uri, self.spec.storage) as archive:
+                for group in self._groups(archive, skip=skip):
+                    if index not in skip:
+                        yield self._sample(shard, index, group)
+                    index += 1
+        except ShardUnreadable as error:
+            if index not in skip:
+                yield Sample(index, "", error=_unreadable(error, index))
+            index += 1
+        return index
+
+    def _groups(self, archive: Archive, *, skip: Ranges) -> Iterator[_Group]:
+        """The samples, each once it is whole; the one at which the archive breaks never is."""
+        group: _Group | None = None
+        index = -1
+        for member in archive.members():
+            key, suffix = _split(member.name)
+            if not (key and suffix) or not (member.isreg() or member.islnk() or member.issym()):
+                continue
+            if group is None or key != group.key or suffix in group.members:
+                if group is not None:
+                    yield group
+                group = _Group(key)
+                index += 1
+            wanted = index not in skip and self._wants(suffix, group)
+            self._add(group, suffix, member, archive=archive if wanted else None)
+        if group is not None:
+            yield group
+
+    def _wants(self, suffix: str, group: _Group) -> bool:
+        if suffix in self.suffixes or suffix == self.image_suffix:
+            return True
+        known = self.image_suffix is None and suffix in IMAGE_SUFFIXES
+        return known and IMAGE_SUFFIXES.isdisjoint(group.members)
+
+    @staticmethod
+    def _add(
+        group: _Group, suffix: str, member: tarfile.TarInfo, *, archive: Archive | None
+    ) -> None:
+        group.members[suffix] = None
+        if not member.isreg():
+            group.links[suffix] = member.linkname
+        elif archive is not None:
+            group.members[suffix] = archive.read(member)
+
+    def _sample(self, shard: Shard, index: int, group: _Group) -> Sample:
+        subject = f"{shard.uri}: sample {valid_text(group.key)!r}"
+        columns = _columns(group)
+        image = self._image(group, subject=subject)
+        return Sample(
+            index=index,
+            sample_id=_label(columns.values.get(self.spec.columns.id), default=group.key),
+            image=None if isinstance(image, RowError) else image,
+            questions=self._questions(columns, subject=subject),
+            conversation=self._conversation(columns, subject=subject),
+            keep={name: _json_text(columns.values.get(name)) for name in self.spec.keep},
+            error=image if isinstance(image, RowError) else None,
+        )
+
+    def _image(self, group: _Group, *, subject: str) -> bytes | ImageMissing:
+        wanted = {self.image_suffix} if self.image_suffix else IMAGE_SUFFIXES
+        suffix = next((name for name in group.members if name in wanted), None)
+        image = None if suffix is None else group.members[suffix]
+        if image is not None:
+            return image
+        if suffix is not None:
+            target = valid_text(group.links.get(suffix, ""))
+            return ImageMissing(
+                f"{subject}: member .{suffix} is a link to {target!r}; "
+                "write the tar with --dereference --hard-dereference"
+            )
+        kinds = ", ".join(f".{name}" for name in sorted(wanted - {None}, key=str))
+        there = ", ".join(f".{valid_text(name)}" for name in group.members)
+        return ImageMissing(
+            f"{subject} has no image member ({kinds}), only {there}; "
+            "name its suffix in source.columns.image"
+        )
+
+    def _questions(
+        self, columns: _Columns, *, subject: str
+    ) -> Sequence[Question] | QuestionsMalformed | None:
+        name = self.spec.columns.questions
+        if columns.broken and name not in columns.values:
+            return QuestionsMalformed(f"{subject}: {columns.broken}; write the member again")
+        return parse_questions(columns.values.get(name), subject=f"{subject}: column {name!r}")
+
+    def _conversation(
+        self, columns: _Columns, *, subject: str
+    ) -> Sequence[Turn] | ConversationMalformed | None:
+        name = self.spec.columns.conversation
+        if name is None:
+            return None
+        if columns.broken and name not in columns.values:
+            return ConversationMalformed(f"{subject}: {columns.broken}; write the member again")
+        return parse_conversation(columns.values.get(name), subject=f"{subject}: column {name!r}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix of a member; one of them is empty where it belongs to no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
+
+
+def _columns(group: _Group) -> _Columns:
+    values: dict[str, object] = {}
+    broken = None
+    if "json" in group.links:
+        broken = "member .json is a link"
+    elif (data := group.members.get("json")) is not None:
+        try:
+            values.update(_json_object(data))
+        except (ValueError, RecursionError) as error:
+            broken = f"member .json cannot be read: {error}"
+    for suffix in TEXT_SUFFIXES:
+        if (text := group.members.get(suffix)) is not None:
+            values[suffix] = text.decode("utf-8", "replace")
+    return _Columns({**values, KEY: group.key}, broken)
+
+
+def _json_object(data: bytes) -> dict[str, object]:
+    # NaN and Infinity are no JSON, but Python writes them for missing numbers.
+    value = json.loads(data, parse_constant=lambda _: None)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not an object")
+    return value
+
+
+def _label(value: object, *, default: str) -> str:
+    """A value as a sample id; the key of the sample where the column is null or missing."""
+    if value is None:
+        value = default
+    return valid_text(value) if isinstance(value, str) else _json_text(value) or ""
+
+
+def _json_text(value: object) -> str | None:
+    return None if value is None else valid_text(json.dumps(value, ensure_ascii=False))
+
+
+def _unreadable(error: ShardUnreadable, index: int) -> ShardUnreadable:
+    return ShardUnreadable(
+        f"{error}; sample number {index} and what follows it are lost, the {index} before it are "
+        "not; write the shard again and rerun the job"
+    )

@@ -1,0 +1,12 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3 import S3Server, serve
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server with a bucket; its credentials are in the environment meanwhile."""
+    with serve() as server:
+        yield server

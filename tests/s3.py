@@ -1,0 +1,114 @@
+"""A real S3 server for tests: SeaweedFS from PyPI, on 127.0.0.1, in a folder of its own."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ACCESS_KEY = "lavaflow-test"
+SECRET_KEY = "lavaflow-test-secret"
+START_TIMEOUT_S = 60.0
+GRPC_OFFSET = 10_000
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server with one bucket; its credentials are in the environment."""
+
+    endpoint_url: str
+    bucket: str
+
+    def url(self, path: str) -> str:
+        return f"s3://{self.bucket}/{path}"
+
+
+@contextlib.contextmanager
+def serve(bucket: str = "lavaflow") -> Iterator[S3Server]:
+    """Start a server, wait until it answers, stop it by its pid."""
+    # The server's Unix sockets do not fit the long paths that pytest gives.
+    folder = Path(tempfile.mkdtemp(prefix="lf-s3-"))
+    try:
+        with _environment(ENVIRONMENT), _running(folder, bucket) as port:
+            yield S3Server(f"http://127.0.0.1:{port}", bucket)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _running(folder: Path, bucket: str) -> Iterator[int]:
+    s3, admin, master, volume, filer = _free_ports(5)
+    weed = Path(sys.executable).parent / "weed"
+    command = [
+        str(weed if weed.exists() else shutil.which("weed") or "weed"),
+        *("mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *("-master.telemetry=false", "-webdav=false", "-admin.ui=false"),
+        *(f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *(f"-admin.port={admin}", f"-master.port={master}"),
+        *(f"-volume.port={volume}", f"-filer.port={filer}", f"-bucket={bucket}"),
+        *(f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"),
+    ]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    try:
+        _wait_until_ready(server, port=s3, log=folder / "log")
+        yield s3
+    finally:
+        # Its folder is thrown away: there is nothing to shut down in order, which takes seconds.
+        server.kill()
+        server.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Free ports whose gRPC twins (+ 10000) are free too."""
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        # Both below the range that the system hands out by itself.
+        for port in range(11_000 + os.getpid() % 10_000, 22_000):
+            try:
+                for each in (port, port + GRPC_OFFSET):
+                    taken = stack.enter_context(socket.socket())
+                    taken.bind(("127.0.0.1", each))
+            except OSError:
+                continue
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise RuntimeError("no free ports for the S3 server")
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], *, port: int, log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1).close()
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"the S3 server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,332 @@
+"""`jobs/cli.py`, `exits.py`, `records.py`: what a person types, reads and gets as exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from jobs.exits import StatusGroup
+from jobs.records import recorded_spec, summary
+from schemas.errors import JobError, SpecError
+
+REPOSITORY = Path(__file__).parents[1]
+HEAVY = {"torch", "ray", "transformers", "pyarrow", "fsspec", "pydantic", "rich", "numpy"}
+
+
+def lavaflow(*args: str) -> Result:
+    return CliRunner().invoke(main, args, prog_name="lavaflow")
+
+
+def python(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, **kwargs)
+
+
+# Help
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom jobs.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print(*sys.modules, file=sys.stderr)"
+    )
+    done = python("-c", code)
+    assert "Commands:" in done.stdout
+    assert not HEAVY & set(done.stderr.split())
+
+
+def test_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert python("-m", "jobs.cli", "--help").returncode == 0
+        return time.perf_counter() - start
+
+    # The quickest of a few: a busy machine says nothing about the command.
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_commands_are_listed_in_the_order_of_use() -> None:
+    listed = lavaflow("--help").stdout.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        *("demo", "caption", "ask", "run", "verify", "spec"),
+        *("submit", "status", "logs", "stop"),
+    ]
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_every_command_has_help(command: str) -> None:
+    result = lavaflow(command, "--help")
+    assert result.exit_code == 0
+    assert main.commands[command].help
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    try:
+        installed = version("lavaflow")
+    except PackageNotFoundError:
+        pytest.skip("lavaflow is not installed here, only imported")
+    assert lavaflow("--version").stdout == f"lavaflow {installed}\n"
+
+
+# Usage errors
+
+
+def test_a_misspelt_command_gets_a_suggestion() -> None:
+    result = lavaflow("captoin")
+    assert result.exit_code == 2
+    assert "Error: No such command 'captoin'. Did you mean 'caption'?" in result.stderr
+
+
+def test_a_misspelt_option_gets_a_suggestion() -> None:
+    result = lavaflow("caption", "photos", "--ouput", "x")
+    assert result.exit_code == 2
+    assert "Error: No such option '--ouput'. Did you mean '--output'?" in result.stderr
+
+
+def test_a_mistake_in_the_spec_is_one_message_and_status_2(tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text("{}")
+    result = lavaflow("run", str(spec))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"Error: {spec}: 3 mistakes\n  source: is missing\n  ask: is missing\n"
+        "  output: is missing\n"
+    )
+
+
+def test_a_missing_source_is_found_before_anything_starts(tmp_path: Path) -> None:
+    result = lavaflow("caption", str(tmp_path / "none"), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: source.path '{tmp_path}/none' does not exist; check the spelling and the store\n"
+    )
+
+
+# Specs of one line
+
+
+def test_caption_prints_the_equivalent_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = lavaflow(
+        *("caption", "shards/{00..03}.tar", "-o", "out", "--print-spec"),
+        *("--model", "llava-hf/llava-1.5-7b-hf", "--set", "ask.0.max_new_tokens=8"),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        "source:\n"
+        "  format: webdataset\n"
+        f"  path: {tmp_path}/shards/{{00..03}}.tar\n"
+        "ask:\n"
+        "- id: caption\n"
+        "  prompt: Describe the image.\n"
+        "  max_new_tokens: 8\n"
+        "model:\n"
+        "  path: llava-hf/llava-1.5-7b-hf\n"
+        "output:\n"
+        f"  path: {tmp_path}/out\n"
+    )
+
+
+def test_ask_prints_a_spec_with_every_question() -> None:
+    result = lavaflow(
+        *("ask", "/photos", "-q", "Is it red?", "-q", "What is it?", "-o", "/out"),
+        *("--format", "images", "--print-spec"),
+    )
+    assert result.stdout == (
+        "source:\n"
+        "  format: images\n"
+        "  path: /photos\n"
+        "ask:\n"
+        "- id: is-it-red\n"
+        "  prompt: Is it red?\n"
+        "- id: what-is-it\n"
+        "  prompt: What is it?\n"
+        "output:\n"
+        "  path: /out\n"
+    )
+
+
+def test_a_printed_spec_runs_as_it_is(tmp_path: Path) -> None:
+    printed = lavaflow("caption", str(tmp_path / "none"), "-o", "out", "--print-spec").stdout
+    (tmp_path / "job.yaml").write_text(printed)
+    result = lavaflow("run", str(tmp_path / "job.yaml"))
+    assert "does not exist" in result.stderr
+
+
+def test_the_schema_is_json_that_knows_every_part() -> None:
+    schema = json.loads(lavaflow("spec", "--schema").stdout)
+    assert set(schema["required"]) == {"source", "ask", "output"}
+    assert "from" in schema["$defs"]["AskRow"]["properties"]
+
+
+# Exit statuses
+
+
+@click.group(cls=StatusGroup)
+def endings() -> None:
+    """Commands that end in one way each."""
+
+
+@endings.command()
+@click.argument("kind")
+def end(kind: str) -> None:
+    errors: dict[str, BaseException] = {
+        "spec": SpecError("a bad spec"),
+        "job": JobError("a bad job"),
+        "interrupt": KeyboardInterrupt(),
+        "bug": ZeroDivisionError("nobody foresaw this"),
+    }
+    if kind == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    raise errors[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "told"),
+    [
+        ("spec", 2, "Error: a bad spec\n"),
+        ("job", 1, "Error: a bad job\n"),
+        ("interrupt", 130, "Interrupted; the same command goes on from here.\n"),
+        ("terminate", 143, "Terminated; the same command goes on from here.\n"),
+    ],
+)
+def test_each_ending_has_its_status_and_one_message(kind: str, status: int, told: str) -> None:
+    result = CliRunner().invoke(endings, ["end", kind])
+    assert result.exit_code == status
+    assert result.stdout == ""
+    assert result.stderr.lstrip("\n") == told
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    result = CliRunner().invoke(endings, ["end", "bug"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_the_handler_of_sigterm_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    CliRunner().invoke(endings, ["end", "spec"])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Records
+
+
+RECORD: dict[str, Any] = {
+    "table": "/out/answers",
+    "elapsed_s": 200.0,
+    "new": {"ok": 980, "failed": 20, "skipped": 0},
+    "counts": {"ok": 1980, "failed": 20, "skipped": 0},
+    "failures": {
+        "PromptTooLong": {
+            "count": 2,
+            "example": {"uri": "/a.tar", "index": 7, "message": "5000 tokens, 4096 fit"},
+        },
+        "ImageCorrupt": {
+            "count": 18,
+            "example": {"uri": "/a.tar", "index": 3, "message": "cat.jpg: broken data stream"},
+        },
+    },
+}
+OPENING = (
+    "It is in /out/answers; open it with one of\n"
+    '  python -c "import pyarrow.dataset as d; '
+    "print(d.dataset('/out/answers').to_table().to_pandas())\"\n"
+    "  duckdb -c \"from '/out/answers/*.parquet'\"\n"
+)
+
+
+def test_the_summary_counts_and_shows_one_example_of_each_failure() -> None:
+    assert summary(RECORD) == (
+        "This run: 1,000 answers: 980 ok, 20 failed, 0 skipped, in 3 min 20 s (5.0 a second)\n"
+        "Table: 2,000 answers: 1,980 ok, 20 failed, 0 skipped\n"
+        "  18 ImageCorrupt, such as: cat.jpg: broken data stream\n"
+        "    in /a.tar, row 3\n"
+        "  2 PromptTooLong, such as: 5000 tokens, 4096 fit\n"
+        "    in /a.tar, row 7\n" + OPENING
+    )
+
+
+def test_a_run_that_found_nothing_to_do_says_so() -> None:
+    idle = {**RECORD, "new": {"ok": 0, "failed": 0, "skipped": 0}, "failures": {}}
+    assert summary(idle) == (
+        "This run: nothing left to do\n"
+        "Table: 2,000 answers: 1,980 ok, 20 failed, 0 skipped\n" + OPENING
+    )
+
+
+def test_the_newest_record_tells_the_spec_of_a_table_even_after_it_moved(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for number, name in enumerate(["old", "new"]):
+        spec = {
+            "name": name,
+            "source": {"format": "images", "path": "/photos"},
+            "ask": [{"from": "questions"}],
+            "output": {"path": "/where/it/was"},
+        }
+        (tmp_path / "runs" / f"{number}.json").write_text(json.dumps({"spec": spec}))
+    job = recorded_spec(str(tmp_path))
+    assert job.name == "new"
+    assert job.output.path == str(tmp_path)
+
+
+def test_verifying_what_was_never_run_into_asks_for_the_spec(tmp_path: Path) -> None:
+    result = lavaflow("verify", str(tmp_path))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {tmp_path}: holds no run record (runs/*.json); name the spec with --spec\n"
+    )
+
+
+# Whole commands
+
+
+@pytest.mark.slow
+def test_the_demo_answers_and_a_second_one_finds_nothing_left(tmp_path: Path) -> None:
+    first = python("-m", "jobs.cli", "demo", "-o", "out", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "This run: " in first.stdout
+    assert "0 failed" in first.stdout
+    assert "a red circle\n    Describe the image." in first.stdout
+    assert "A red circle on a light background." in first.stdout
+
+    second = python("-m", "jobs.cli", "demo", "-o", "out", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.startswith("This run: nothing left to do\n")
+    shown = first.stdout.partition("Table: ")[2]
+    assert second.stdout.partition("Table: ")[2] == shown
+
+    verified = python("-m", "jobs.cli", "verify", "out", cwd=tmp_path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert json.loads(verified.stdout)["ok"] is True
+
+
+@pytest.mark.slow
+def test_too_many_failures_end_with_status_3_and_a_lost_row_with_1(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    done = python(*("-m", "jobs.cli", "caption", "photos", "-o", "out", "--json"), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    record = json.loads(done.stdout)
+    assert record["counts"] == {"ok": 0, "failed": 1, "skipped": 0}
+    assert record["failures"]["ImageUnidentified"]["count"] == 1
+
+    (tmp_path / "photos" / "new.jpg").write_bytes(b"no image either")
+    verified = python("-m", "jobs.cli", "verify", "out", cwd=tmp_path)
+    assert verified.returncode == 1, verified.stderr
+    assert json.loads(verified.stdout)["missing"]["count"] == 1

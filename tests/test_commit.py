@@ -1,0 +1,329 @@
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.commit import AnswerTable, write_run_record
+from pipeline.coverage import Ranges
+from pipeline.fold import without
+from pipeline.footer import Fingerprint
+from pipeline.parts import read_info
+from pipeline.sources.base import Shard
+from pipeline.storage import Output
+from pipeline.write import write_part
+from schemas.errors import JobError, SpecError
+from schemas.job import OutputSpec, StorageSpec
+from tests.answered import FINGERPRINT, IDENTITY, answered, end, failed, identities, row
+from tests.s3 import S3Server
+
+SHARDS = [Shard("a.tar", IDENTITY)]
+STORAGE = StorageSpec()
+
+
+class Run:
+    """A run over one output, as the driver and its workers do it."""
+
+    def __init__(
+        self,
+        path: object,
+        *,
+        rows_per_file: int = 4,
+        fingerprint: Fingerprint = FINGERPRINT,
+        shards: Sequence[Shard] = SHARDS,
+        storage: StorageSpec = STORAGE,
+    ) -> None:
+        self.spec = OutputSpec(path=str(path), rows_per_file=rows_per_file, storage=storage)
+        self.fingerprint = fingerprint
+        self.table = AnswerTable(self.spec, keep={}, fingerprint=fingerprint)
+        self.table.open(shards)
+        self.output = self.table.output
+
+    def stage(self, *rows: list[dict]) -> str:
+        """Write a part as a worker does, without telling the driver; its name."""
+        receipt = write_part(
+            answered(*rows), output=self.spec, keep={}, fingerprint=self.fingerprint
+        )
+        self.receipt = receipt
+        (name,) = receipt["part"].to_pylist()
+        return name
+
+    def write(self, *rows: list[dict]) -> str:
+        name = self.stage(*rows)
+        self.table.commit(self.receipt)
+        return name
+
+    def files(self, folder: str) -> list[str]:
+        return self.output.names(folder, suffix="")
+
+
+def test_staged_parts_fill_files_of_rows_per_file(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=4)
+    for first in range(0, 12, 2):
+        run.write(row(first), row(first + 1))
+        run.table.fold()
+    assert sorted(pq.read_metadata(f).num_rows for f in tmp_path.glob("answers/*")) == [4, 4, 4]
+    assert run.files("staging") == []
+
+
+def test_less_than_a_file_stays_staged_until_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=4)
+    run.write(row(0))
+    run.table.fold()
+    assert run.files("answers") == []
+    run.table.finish()
+    assert identities(tmp_path) == [("a.tar", 0, "caption")]
+    assert run.files("staging") == []
+
+
+def test_rows_lie_by_shard_and_row_and_then_as_asked(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=100, shards=[])
+    run.write(row(1, ["z-own", "b-own"], units=["questions"]), row(0, uri="b.tar"))
+    run.write(row(1, ["colour"]), row(0))
+    run.write(row(1, ["caption"]))
+    run.table.finish()
+    assert identities(tmp_path) == [
+        ("a.tar", 0, "caption"),
+        ("a.tar", 1, "caption"),
+        ("a.tar", 1, "colour"),
+        ("a.tar", 1, "z-own"),
+        ("a.tar", 1, "b-own"),
+        ("b.tar", 0, "caption"),
+    ]
+
+
+def test_a_new_run_knows_what_is_folded_and_what_is_staged(tmp_path: Path) -> None:
+    first = Run(tmp_path, rows_per_file=2)
+    first.write(row(0), row(1))
+    first.table.fold()
+    first.write(failed(2, ["caption"]), end(4))
+    second = Run(tmp_path)
+    shard = second.table.coverage.of("a.tar", IDENTITY)
+    assert shard.units == {"caption": Ranges(((0, 3),))}
+    assert shard.rows_total == 4
+    assert second.table.tally.counts == {"ok": 2, "failed": 1, "skipped": 0}
+    assert second.table.tally.failures["ImageCorrupt"].message == "bad 2"
+    second.table.finish()
+    assert sorted(i for _, i, _ in identities(tmp_path)) == [0, 1, 2]
+    assert Run(tmp_path).table.tally == second.table.tally
+
+
+def test_an_empty_shard_is_known_to_be_complete(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(end(0))
+    run.table.finish()
+    again = Run(tmp_path)
+    assert again.table.coverage.of("a.tar", IDENTITY).is_complete(["caption"])
+    assert identities(tmp_path) == []
+
+
+def test_opening_changes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+    before = sorted(tmp_path.rglob("*"))
+    Run(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_killed_between_publishing_and_removing_leaves_nothing_doubled(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    name = run.write(row(0), row(1), end(2))
+    staged = (tmp_path / name).read_bytes()
+    run.table.finish()
+    (tmp_path / name).write_bytes(staged)
+    again = Run(tmp_path)
+    assert again.table.tally.counts["ok"] == 2
+    again.table.finish()
+    assert len(identities(tmp_path)) == 2
+    assert again.files("staging") == []
+
+
+def test_a_part_whose_receipt_never_came_is_folded_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.stage(row(0))
+    run.table.finish()
+    assert identities(tmp_path) == [("a.tar", 0, "caption")]
+
+
+def test_a_part_that_is_staged_again_after_its_fold_is_dropped(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=1)
+    for _ in range(2):
+        run.write(row(0))
+        run.table.fold()
+    run.table.finish()
+    assert identities(tmp_path) == [("a.tar", 0, "caption")]
+    assert run.files("staging") == []
+    assert run.table.tally.rows == 1
+
+
+@pytest.mark.parametrize("rows_per_file", [2, 100])
+def test_rows_that_two_parts_cover_are_kept_once(tmp_path: Path, rows_per_file: int) -> None:
+    run = Run(tmp_path, rows_per_file=rows_per_file)
+    run.write(row(0, ["caption", "colour"]), row(1, answer="first"))
+    run.table.fold()
+    run.write(row(1, answer="second"), row(2, ["o-1", "o-2"], units=["questions"]), end(3))
+    run.table.finish()
+    assert sorted((i, q) for _, i, q in identities(tmp_path)) == [
+        (0, "caption"),
+        (0, "colour"),
+        (1, "caption"),
+        (2, "o-1"),
+        (2, "o-2"),
+    ]
+    assert run.table.tally.counts["ok"] == 5
+    table = pa.concat_tables(pq.read_table(f) for f in tmp_path.glob("answers/*"))
+    assert "second" not in table["answer"].to_pylist()
+
+
+def test_an_unreadable_row_has_one_answer_though_questions_are_added(tmp_path: Path) -> None:
+    for units in (["caption"], ["colour"]):
+        run = Run(tmp_path)
+        run.write(failed(0, units=units))
+        run.table.finish()
+    assert identities(tmp_path) == [("a.tar", 0, None)]
+    shard = Run(tmp_path).table.coverage.of("a.tar", IDENTITY)
+    assert shard.missing_units(0, ["caption", "colour"]) == []
+
+
+def test_a_row_that_a_retry_could_not_read_keeps_its_answers(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+    run.write(failed(0), row(1))
+    run.table.finish()
+    assert identities(tmp_path) == [("a.tar", 0, "caption"), ("a.tar", 1, "caption")]
+
+
+def test_another_model_is_refused_by_name_and_value(tmp_path: Path) -> None:
+    Run(tmp_path).write(row(0))
+    other = Fingerprint({"weights": "w2", "dtype": "float32"}, FINGERPRINT.questions)
+    with pytest.raises(SpecError) as error:
+        Run(tmp_path, fingerprint=other)
+    assert "model weights: was 'w1', is now 'w2'." in str(error.value)
+    assert "another output.path" in str(error.value)
+
+
+def test_a_changed_question_is_refused_and_an_added_one_is_not(tmp_path: Path) -> None:
+    Run(tmp_path).write(row(0))
+    asked = FINGERPRINT.questions
+    Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, {**asked, "new": "n1"}))
+    with pytest.raises(SpecError, match="question 'caption': was 'c1', is now 'c2'"):
+        Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, {**asked, "caption": "c2"}))
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+    other = AnswerTable(run.spec, keep={"url": pa.string()}, fingerprint=FINGERPRINT)
+    with pytest.raises(SpecError, match="url: was None, is now string"):
+        other.open(SHARDS)
+
+
+def test_a_changed_shard_is_refused(tmp_path: Path) -> None:
+    Run(tmp_path).write(row(0))
+    with pytest.raises(SpecError, match=r"a.tar has changed .* was 'etag-1', is now 'etag-2'"):
+        Run(tmp_path, shards=[Shard("a.tar", "etag-2")])
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/part-x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(JobError, match=r"answers/part-x.parquet: is not a whole Parquet file"):
+        Run(tmp_path)
+
+
+def test_a_run_beside_this_one_is_noticed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    name = run.write(row(0))
+    (tmp_path / name).unlink()
+    with pytest.raises(JobError, match="another run writes to this output"):
+        run.table.finish()
+
+
+def test_the_footer_of_a_fold_tells_what_its_rows_are(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0), failed(1, ["caption"], run_id="run-2"), end(3))
+    run.write(row(1), row(2))
+    run.table.finish()
+    (name,) = run.files("answers")
+    info = read_info(run.output, name)
+    assert name == f"answers/part-{info.footer.key}.parquet"
+    assert info.footer.run_ids == ("run-1", "run-2")
+    assert info.footer.tally.rows == info.rows == 3
+    assert info.footer.shards[0].is_complete(["caption"])
+
+
+def test_a_run_record_is_replaced_by_a_later_one(tmp_path: Path) -> None:
+    output = Output(str(tmp_path), STORAGE)
+    write_run_record(output, "run-1", {"counts": {"ok": 0}})
+    write_run_record(output, "run-1", {"counts": {"ok": 3}})
+    assert json.loads((tmp_path / "runs/run-1.json").read_text()) == {"counts": {"ok": 3}}
+
+
+def test_an_object_store_holds_the_same_table(s3_server: S3Server) -> None:
+    url = s3_server.url(uuid.uuid4().hex)
+    storage = StorageSpec(endpoint_url=s3_server.endpoint_url)
+    run = Run(url, rows_per_file=2, storage=storage)
+    run.write(row(0), row(1))
+    run.table.fold()
+    run.write(row(1), row(2), end(3))
+    again = Run(url, rows_per_file=2, storage=storage)
+    again.table.finish()
+    assert again.files("staging") == []
+    assert len(again.files("answers")) == 2
+    last = Run(url, storage=storage).table
+    assert last.tally.counts["ok"] == 3
+    assert last.coverage.of("a.tar", IDENTITY).is_complete(["caption"])
+
+
+indexes = st.lists(st.integers(0, 30))
+
+
+@given(indexes, indexes)
+def test_without_is_the_difference_of_sets(left: list[int], right: list[int]) -> None:
+    both = without(Ranges.of_indexes(left), Ranges.of_indexes(right))
+    assert both == Ranges.of_indexes(set(left) - set(right))
+
+
+ROWS = [
+    *(row(i, ["caption", "colour"]) for i in range(4)),
+    row(4, ["own-1", "own-2", "own-3"], units=["questions"]),
+    failed(5, units=["caption", "colour", "questions"]),
+    row(6, ["caption", None], units=["caption", "questions"]),
+    end(7),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, len(ROWS) - 1), min_size=1, unique=True), max_size=8),
+    st.lists(st.booleans(), min_size=10, max_size=10),
+    st.integers(1, 12),
+)
+def test_any_batches_repeated_and_killed_give_every_row_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    batches: list[list[int]],
+    killed: list[bool],
+    rows_per_file: int,
+) -> None:
+    """Batches overlap as they like; before each, the driver may forget all that it knew."""
+    path = tmp_path_factory.mktemp("run")
+    run = Run(path, rows_per_file=rows_per_file)
+    for batch, kill in zip([*batches, list(range(len(ROWS)))], killed, strict=False):
+        if kill:
+            run = Run(path, rows_per_file=rows_per_file)
+        run.write(*(ROWS[number] for number in batch))
+        run.table.fold()
+        visible = identities(path) if run.files("answers") else []
+        assert len(visible) == len(set(visible))
+    run.table.finish()
+    every = [
+        (r["source_uri"], r["source_index"], r["question_id"]) for rows in ROWS[:-1] for r in rows
+    ]
+    assert sorted(identities(path), key=str) == sorted(every, key=str)
+    assert run.table.tally.rows == len(every)
+    assert run.files("staging") == []

@@ -1,0 +1,257 @@
+"""The CPU step: samples to pixels and prompts, with every failure in its entry."""
+
+import hashlib
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.encode import Encode
+from schemas.job import JobSpec
+from schemas.tables import PREPARED, SAMPLE, table_of, with_keep
+from tests.models import noise_image, shared_checkpoint, tiny_processor, write_checkpoint
+
+KEEP = {"url": pa.string(), "at": pa.timestamp("ns")}
+CAPTION = {"id": "caption", "prompt": "Describe the image."}
+COLOUR = {"id": "colour", "prompt": "Which colour?", "max_new_tokens": 5}
+OWN = {"from": "questions"}
+
+
+def job_of(*ask, model=None, **source):
+    return JobSpec.model_validate(
+        {
+            "source": {"format": "images", "path": "x", **source},
+            "ask": ask or (CAPTION, COLOUR, OWN),
+            "model": {"path": str(shared_checkpoint()), **(model or {})},
+            "output": {"path": "y"},
+            "generate": {"max_new_tokens": 20},
+        }
+    )
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+IMAGE = noise_image(5, width=50, height=70)
+DATA = png(IMAGE)
+
+
+def sample(index=0, **columns):
+    row = {
+        "source_uri": "a.tar",
+        "source_index": index,
+        "shard_identity": "etag",
+        "sample_id": f"s{index}",
+        "units": ["caption", "colour", "questions"],
+        "image": DATA,
+        "questions": [{"id": "q0", "question": "How many?"}],
+    }
+    return {**row, **columns}
+
+
+def encode(encoder, *rows):
+    table = encoder(table_of(rows, SAMPLE))
+    assert table.schema == PREPARED
+    return table.to_pylist()
+
+
+def outcomes(row):
+    return [
+        (p["question_id"], p["status"], (p["error"] or {}).get("class")) for p in row["prompts"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encode(job_of(), {})
+
+
+def test_each_wanted_question_becomes_a_prompt_in_the_specs_order(encoder):
+    [row] = encode(encoder, sample())
+    assert [(p["question_id"], p["question"], p["max_new_tokens"]) for p in row["prompts"]] == [
+        ("caption", "Describe the image.", 20),
+        ("colour", "Which colour?", 5),
+        ("q0", "How many?", 20),
+    ]
+    assert row["prompts"][0]["prompt"] == "USER: <image>\nDescribe the image. ASSISTANT:"
+
+
+def test_units_that_are_answered_already_are_not_asked_again(encoder):
+    [row] = encode(encoder, sample(units=["colour"]))
+    assert [p["question_id"] for p in row["prompts"]] == ["colour"]
+
+
+def test_token_ids_are_the_processors_own(encoder):
+    [row] = encode(encoder, sample())
+    for prompt in row["prompts"]:
+        whole = tiny_processor()(text=prompt["prompt"], images=IMAGE)
+        assert prompt["token_ids"] == whole["input_ids"][0]
+
+
+def test_pixels_are_the_image_resized_and_the_rest_describes_the_file(encoder):
+    [row] = encode(encoder, sample())
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"])
+    expected = tiny_processor().image_processor(images=IMAGE, do_rescale=False, do_normalize=False)
+    assert np.array_equal(np.moveaxis(pixels, -1, 0), expected["pixel_values"][0])
+    assert row["image_sha256"] == hashlib.sha256(DATA).hexdigest()
+    assert (row["image_width"], row["image_height"]) == (50, 70)
+
+
+def test_a_template_that_writes_the_start_token_gets_no_second_one(tmp_path):
+    template = "<s>USER: <image>\n{{ messages[-1].content[-1].text }} ASSISTANT:"
+    folder = write_checkpoint(tmp_path, processor=tiny_processor(chat_template=template))
+    [row] = encode(Encode(job_of(model={"path": str(folder)}), {}), sample())
+    bos = tiny_processor().tokenizer.bos_token_id
+    assert row["prompts"][0]["token_ids"].count(bos) == 1
+
+
+def test_a_checkpoint_without_a_template_gets_llava_1_5s(tmp_path):
+    folder = write_checkpoint(tmp_path, processor=tiny_processor(chat_template=None))
+    model = {"path": str(folder), "system_prompt": "Be brief."}
+    [row] = encode(Encode(job_of(model=model), {}), sample())
+    assert row["prompts"][0]["prompt"] == (
+        "Be brief. USER: <image>\nDescribe the image. ASSISTANT:"
+    )
+
+
+def test_earlier_turns_come_before_the_question(encoder):
+    turns = [
+        {"role": "user", "content": "<image>\nWhat is it?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    [row] = encode(encoder, sample(conversation=turns))
+    assert row["prompts"][1]["prompt"] == (
+        "USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:"
+    )
+
+
+def test_end_marks_pass_untouched_and_rows_keep_their_order(encoder):
+    end = {"source_uri": "a.tar", "shard_identity": "etag", "rows_total": 2}
+    rows = encode(encoder, sample(0), end, sample(1))
+    assert [row["source_index"] for row in rows] == [0, None, 1]
+    assert {k: v for k, v in rows[1].items() if v is not None} == end
+
+
+def test_an_empty_batch_is_an_empty_batch(encoder):
+    assert encode(encoder) == []
+
+
+def test_kept_columns_travel_with_their_types():
+    row = {**sample(), "keep.url": "http://x", "keep.at": 1_700_000_000_123_456_789}
+    table = Encode(job_of(CAPTION), KEEP)(
+        table_of([{**row, "units": ["caption"]}], with_keep(SAMPLE, KEEP))
+    )
+    assert table.schema == with_keep(PREPARED, KEEP)
+    assert table["keep.at"].cast(pa.int64()).to_pylist() == [1_700_000_000_123_456_789]
+
+
+ERROR = {"stage": "read", "class": "ShardUnreadable", "message": "cut off"}
+
+
+def test_a_row_that_cannot_be_read_is_one_failed_entry_without_question(encoder):
+    [row] = encode(encoder, sample(image=None, error=ERROR))
+    assert outcomes(row) == [(None, "failed", "ShardUnreadable")]
+    assert row["pixels"] is None
+
+
+def test_an_image_that_cannot_be_decoded_fails_every_known_question(encoder):
+    [row] = encode(encoder, sample(image=DATA[:100]))
+    assert outcomes(row) == [(q, "failed", "ImageCorrupt") for q in ("caption", "colour", "q0")]
+    assert row["image_sha256"] == hashlib.sha256(DATA[:100]).hexdigest()
+    assert row["image_width"] is None
+    assert row["pixels"] is None
+
+
+def test_an_image_with_too_many_pixels_fails():
+    [row] = encode(Encode(job_of(CAPTION, max_image_pixels=100), {}), sample(units=["caption"]))
+    assert outcomes(row) == [("caption", "failed", "ImageTooLarge")]
+
+
+def test_questions_that_cannot_be_known_fail_once_and_the_others_are_asked(encoder):
+    error = {"stage": "read", "class": "QuestionsMalformed", "message": "no list"}
+    [row] = encode(encoder, sample(questions=None, questions_error=error))
+    assert outcomes(row) == [
+        ("caption", None, None),
+        ("colour", None, None),
+        (None, "failed", "QuestionsMalformed"),
+    ]
+
+
+@pytest.mark.parametrize("questions", [None, []])
+def test_a_row_without_questions_is_skipped_with_the_reason(encoder, questions):
+    [row] = encode(encoder, sample(units=["questions"], questions=questions))
+    assert outcomes(row) == [(None, "skipped", "NoQuestions")]
+    assert "no questions" in row["prompts"][0]["error"]["message"]
+    assert row["pixels"] is None
+
+
+def test_a_broken_image_without_questions_is_skipped(encoder):
+    [row] = encode(encoder, sample(units=["questions"], questions=[], image=b"x"))
+    assert outcomes(row) == [(None, "skipped", "NoQuestions")]
+
+
+@pytest.mark.parametrize("ids", [["caption"], ["a", "a"]])
+def test_question_ids_that_collide_fail_once(encoder, ids):
+    questions = [{"id": id, "question": "What?"} for id in ids]
+    [row] = encode(encoder, sample(units=["questions"], questions=questions))
+    assert outcomes(row) == [(None, "failed", "QuestionsMalformed")]
+    assert repr(ids[0]) in row["prompts"][0]["error"]["message"]
+
+
+def test_a_conversation_that_cannot_be_read_fails_every_question(encoder):
+    error = {"stage": "prompt", "class": "ConversationMalformed", "message": "no list"}
+    [row] = encode(encoder, sample(conversation_error=error))
+    assert outcomes(row) == [
+        (q, "failed", "ConversationMalformed") for q in ("caption", "colour", "q0")
+    ]
+
+
+def test_one_bad_question_leaves_the_others_alone(encoder):
+    [row] = encode(encoder, sample(questions=[{"id": "q0", "question": "a <image> b"}]))
+    assert outcomes(row) == [
+        ("caption", None, None),
+        ("colour", None, None),
+        ("q0", "failed", "ImageTokenInText"),
+    ]
+    assert row["prompts"][2]["question"] == "a <image> b"
+    assert row["pixels"] is not None
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_fails_with_the_figures(encoder):
+    [row] = encode(encoder, sample(questions=[{"id": "q0", "question": "why " * 300}]))
+    assert outcomes(row)[2] == ("q0", "failed", "PromptTooLong")
+    message = row["prompts"][2]["error"]["message"]
+    assert "20" in message
+    assert "512" in message
+    assert row["prompts"][2]["prompt"].startswith("USER: <image>")
+
+
+def test_a_prompt_that_just_fits_is_asked(encoder):
+    [row] = encode(encoder, sample())
+    used = len(row["prompts"][2]["token_ids"])
+    exact = job_of({**OWN, "max_new_tokens": 512 - used})
+    over = job_of({**OWN, "max_new_tokens": 513 - used})
+    for job, status in ((exact, None), (over, "failed")):
+        [row] = encode(Encode(job, {}), sample(units=["questions"]))
+        assert row["prompts"][0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content[0].url.host }}", "UndefinedError"),
+        ("USER: {{ messages[-1].content[-1].text }} ASSISTANT:", "<image> 0 times"),
+    ],
+)
+def test_a_template_that_fails_is_a_failed_row(tmp_path, template, message):
+    folder = write_checkpoint(tmp_path, processor=tiny_processor(chat_template=template))
+    [row] = encode(
+        Encode(job_of(CAPTION, model={"path": str(folder)}), {}), sample(units=["caption"])
+    )
+    assert outcomes(row) == [("caption", "failed", "TemplateFailed")]
+    assert message in row["prompts"][0]["error"]["message"]

@@ -1,0 +1,183 @@
+"""`jobs/submit.py`: the same job through Ray's Jobs API, on a real Ray head."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+START_TIMEOUT_S = 90.0
+
+
+def environment() -> dict[str, str]:
+    """Ours without another cluster's address; the head's jobs find Lavaflow and this Python."""
+    env = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    paths = [str(Path(sys.executable).parent), env.get("PATH", "")]
+    return {
+        **env,
+        "PATH": os.pathsep.join(paths),
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def lavaflow(*args: str, address: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**environment(), "RAY_ADDRESS": address},
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of the dashboard of a Ray head of two CPUs on this machine."""
+    gcs, dashboard = free_ports(2)
+    # Ray's sockets lie below this folder, and the path of a socket has to be short.
+    folder = tempfile.mkdtemp(prefix="lf-ray-", dir="/tmp")
+    head = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2"),
+            *("--include-dashboard=true", "--dashboard-host=127.0.0.1"),
+            *(f"--dashboard-port={dashboard}", "--disable-usage-stats", f"--temp-dir={folder}"),
+        ],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(address, head)
+        yield address
+    finally:
+        end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for(address: str, head: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and head.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"no Ray head at {address}; it ended with {head.poll()}")
+
+
+def end(head: "subprocess.Popen[bytes]") -> None:
+    """The head ends its own children; what is left of its session is killed."""
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+
+
+def spec_file(folder: Path, *, source: Path, name: str = "trial") -> Path:
+    file = folder / "job.yaml"
+    file.write_text(
+        f"name: {name}\n"
+        f"source: {{format: images, path: {source}}}\n"
+        "ask: [{id: caption, prompt: Describe the image.}]\n"
+        f"output: {{path: {folder}/out}}\n"
+    )
+    return file
+
+
+def test_a_cluster_that_does_not_answer_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    spec = spec_file(tmp_path, source=tmp_path)
+    address = f"http://127.0.0.1:{port}"
+    for args in (["submit", str(spec)], ["status", "x"], ["logs", "x"], ["stop", "x"]):
+        done = lavaflow(*args, address=address)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"Error: no Ray cluster answers at {address}; start one with `ray start --head`, or "
+            "name its dashboard with --address http://HOST:8265\n"
+        )
+
+
+def test_a_bad_spec_is_found_before_a_cluster_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("ask: []\n")
+    done = lavaflow("submit", str(tmp_path / "job.yaml"), address="http://127.0.0.1:1")
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_a_job_answers_on_the_cluster(cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "photos" / name)
+    spec = spec_file(tmp_path, source=tmp_path / "photos")
+
+    done = lavaflow("submit", str(spec), "--wait", "--json", address=cluster)
+    job_id = json.loads(done.stdout)["id"]
+    logs = lavaflow("logs", job_id, address=cluster).stdout
+    assert done.returncode == 0, done.stderr + logs
+    assert done.stderr == f"{job_id} SUCCEEDED\n"
+
+    status = json.loads(lavaflow("status", job_id, "--json", address=cluster).stdout)
+    assert (status["status"], status["name"], status["exit_status"]) == ("SUCCEEDED", "trial", 0)
+    assert status["started_at"] <= status["ended_at"]
+    assert "Table: 2 answers: 2 ok" in logs
+    answers = pq.read_table(tmp_path / "out" / "answers")
+    assert answers["status"].to_pylist() == ["ok", "ok"]
+
+
+@pytest.mark.slow
+def test_a_job_that_cannot_start_fails_and_its_log_says_why(cluster: str, tmp_path: Path) -> None:
+    spec = spec_file(tmp_path, source=tmp_path / "none")
+    done = lavaflow("submit", str(spec), "--wait", address=cluster)
+    job_id = done.stdout.strip()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"{job_id} FAILED\n"
+
+    status = lavaflow("status", job_id, address=cluster)
+    assert status.stdout.startswith(f"{job_id} FAILED (trial)\n")
+    for args in (["logs", job_id], ["logs", job_id, "--follow"]):
+        logs = lavaflow(*args, address=cluster)
+        assert logs.returncode == 0, logs.stderr
+        assert f"Error: source.path '{tmp_path}/none' does not exist" in logs.stdout
+
+    stopped = lavaflow("stop", job_id, address=cluster)
+    assert stopped.stdout == f"{job_id} was not running\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["status"], ["logs"], ["logs", "--follow"], ["stop"]])
+def test_an_unknown_job_is_told_so(cluster: str, command: list[str]) -> None:
+    done = lavaflow(command[0], "nobody", *command[1:], address=cluster)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: the cluster at {cluster} knows no job 'nobody'; "
+        "`ray job list` shows those it knows\n"
+    )

@@ -1,0 +1,263 @@
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.verify import question_ids, verify
+from pipeline.commit import AnswerTable
+from pipeline.parts import part_bytes, read_part
+from pipeline.sources import open_source
+from pipeline.sources.base import Question, Sample
+from pipeline.storage import Output
+from pipeline.write import write_part
+from schemas.errors import ImageMissing, QuestionsMalformed
+from schemas.job import JobSpec, StorageSpec
+from tests.answered import FINGERPRINT, answered, end, failed, row
+
+Rows = list[dict]
+
+
+def write_tar(path: Path, samples: list[dict[str, bytes]], *, cut: int = 0) -> None:
+    """A tar of samples (suffix -> content); `cut` drops that many bytes from its end."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for index, sample in enumerate(samples):
+            for suffix, content in sample.items():
+                member = tarfile.TarInfo(f"{index:04}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    path.write_bytes(data.getvalue()[: len(data.getvalue()) - cut])
+
+
+def own(*ids: str) -> bytes:
+    return json.dumps({"questions": [{"id": i, "question": f"{i}?"} for i in ids]}).encode()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSpec:
+    """Two shards: one of every kind of row that `ask` can meet, and one that breaks off."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(
+        shards / "a.tar",
+        [
+            {"jpg": b"x", "json": own("q1", "q2")},
+            {"jpg": b"x"},
+            {"jpg": b"x", "json": own("caption")},
+            {"txt": b"no image"},
+        ],
+    )
+    write_tar(shards / "b.tar", [{"jpg": b"x"}, {"jpg": b"y" * 9000}], cut=10240 + 4000)
+    return JobSpec(
+        source={"format": "webdataset", "path": str(shards)},
+        ask=[{"id": "caption", "prompt": "What?"}, {"from": "questions"}],
+        output={"path": str(tmp_path / "out"), "rows_per_file": 5},
+    )
+
+
+def answer_rows(job: JobSpec) -> list[Rows]:
+    a, b = (shard.uri for shard in open_source(job.source).list())
+    both = ["caption", "questions"]
+    return [
+        row(0, ["caption", "q1", "q2"], uri=a, units=both),
+        row(1, ["caption", None], uri=a, units=both, status="skipped", answer=None),
+        failed(2, ["caption", None], uri=a, units=both),
+        failed(3, uri=a, units=both, error_class="ImageMissing"),
+        end(4, uri=a),
+        row(0, ["caption", None], uri=b, units=both),
+        failed(1, uri=b, units=both, error_class="ShardUnreadable"),
+        end(2, uri=b),
+    ]
+
+
+def answer(job: JobSpec, groups: list[Rows]) -> AnswerTable:
+    """Commit the rows as a run does, a part for each source row."""
+    table = AnswerTable(job.output, keep={}, fingerprint=FINGERPRINT)
+    table.open([])
+    for rows in groups:
+        part = answered(rows)
+        table.commit(write_part(part, output=job.output, keep={}, fingerprint=FINGERPRINT))
+        table.fold()
+    table.finish()
+    return table
+
+
+def parts(job: JobSpec) -> list[Path]:
+    return sorted(Path(job.output.path, "answers").iterdir())
+
+
+def rewrite(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the rows of a part and leave its footer."""
+    table, footer = read_part(Output(str(file.parent), StorageSpec()), file.name)
+    file.write_bytes(part_bytes(change(table), footer))
+
+
+def test_a_whole_table_is_whole(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    report = verify(job)
+    assert report.to_json() == {
+        "ok": True,
+        "inputs": 11,
+        "counts": {"ok": 5, "failed": 4, "skipped": 2},
+        "failures": {"ImageCorrupt": 2, "ImageMissing": 1, "ShardUnreadable": 1},
+        "missing": {"count": 0, "examples": []},
+        "doubled": {"count": 0, "examples": []},
+        "unexpected": {"count": 0, "examples": []},
+        "faults": [],
+        "staged": 0,
+    }
+    assert len(parts(job)) > 1
+
+
+def test_an_output_without_answers_misses_all(job: JobSpec) -> None:
+    report = verify(job)
+    assert not report.ok
+    assert report.missing.count == report.inputs == 11
+    assert len(report.missing.examples) == 5
+
+
+def test_a_missing_row_is_named(job: JobSpec) -> None:
+    answer(job, answer_rows(job)[1:])
+    report = verify(job)
+    assert not report.ok
+    (uri, *_) = (shard.uri for shard in open_source(job.source).list())
+    place = {"source_uri": uri, "source_index": 0, "turn": 0, "sample_number": 0}
+    assert report.missing.examples == [{**place, "question_id": q} for q in ("caption", "q1", "q2")]
+
+
+def test_a_removed_part_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    rows = pq.read_metadata(parts(job)[0]).num_rows
+    parts(job)[0].unlink()
+    report = verify(job)
+    assert not report.ok
+    assert report.missing.count == rows
+
+
+def test_a_doubled_part_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    rows = pq.read_metadata(parts(job)[0]).num_rows
+    shutil.copy(parts(job)[0], parts(job)[0].with_name("part-copy.parquet"))
+    report = verify(job)
+    assert not report.ok
+    assert report.doubled.count == rows
+    assert report.missing.count == report.unexpected.count == 0
+
+
+def test_rows_that_nothing_calls_for_are_found(job: JobSpec) -> None:
+    a = open_source(job.source).list()[0].uri
+    strangers = [row(99, uri=a), row(0, ["other"], uri=a), row(0, uri="gone.tar")]
+    answer(job, [*answer_rows(job), *strangers])
+    report = verify(job)
+    assert not report.ok
+    assert report.unexpected.count == 3
+    found = {(e["source_uri"], e["source_index"]) for e in report.unexpected.examples}
+    assert found == {(a, 99), (a, 0), ("gone.tar", 0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("notes.txt", b"hello", "is no .parquet file"),
+        ("part.parquet.tmp", b"PAR1", "is no .parquet file"),
+        ("part-x.parquet", b"PAR1", "is not a whole Parquet file"),
+    ],
+)
+def test_a_foreign_file_is_found(job: JobSpec, name: str, content: bytes, reason: str) -> None:
+    answer(job, answer_rows(job))
+    Path(job.output.path, "answers", name).write_bytes(content)
+    report = verify(job)
+    assert not report.ok
+    (fault,) = report.faults
+    assert fault.file == f"answers/{name}"
+    assert reason in fault.reason
+
+
+def test_a_parquet_file_of_somebody_else_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    pq.write_table(pa.table({"x": [1]}), Path(job.output.path, "answers", "x.parquet"))
+    (fault,) = verify(job).faults
+    assert "has no `lavaflow` footer" in fault.reason
+
+
+def test_a_truncated_part_is_found_with_the_rows_that_it_held(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    file = parts(job)[0]
+    rows = pq.read_metadata(file).num_rows
+    file.write_bytes(file.read_bytes()[:-50])
+    report = verify(job)
+    assert [fault.file for fault in report.faults] == [f"answers/{file.name}"]
+    assert report.missing.count == rows
+
+
+def test_a_part_whose_pages_are_damaged_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    file = parts(job)[0]
+    data = file.read_bytes()
+    start = pq.read_metadata(file).row_group(0).column(1).data_page_offset
+    file.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+    (fault,) = verify(job).faults
+    assert "cannot be read" in fault.reason
+
+
+def test_other_columns_are_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    rewrite(parts(job)[0], lambda table: table.drop_columns(["model"]))
+    (fault,) = verify(job).faults
+    assert "its columns are" in fault.reason
+
+
+def test_a_footer_that_does_not_fit_its_rows_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    rewrite(parts(job)[0], lambda table: table.slice(1))
+    report = verify(job)
+    (fault,) = report.faults
+    assert "its footer tells" in fault.reason
+    assert report.missing.count == 1
+
+
+def test_what_is_still_staged_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    write_part(answered(end(4)), output=job.output, keep={}, fingerprint=FINGERPRINT)
+    report = verify(job)
+    assert report.staged == 1
+    assert not report.ok
+
+
+def test_an_image_folder_is_one_row_a_file(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(b"x")
+    job = JobSpec(
+        source={"format": "images", "path": str(images)},
+        ask=[{"id": "caption", "prompt": "What?"}],
+        output={"path": str(tmp_path / "out")},
+    )
+    answer(job, [row(0, uri=str(images / "a.png")), row(0, uri=str(images / "b.png"))])
+    assert verify(job).ok
+
+
+QUESTIONS = (Question("q1", "?"), Question("q2", "?"))
+
+
+@pytest.mark.parametrize(
+    ("sample", "ids"),
+    [
+        (Sample(0, "s", questions=QUESTIONS), ["caption", "q1", "q2", "last"]),
+        (Sample(0, "s"), ["caption", None, "last"]),
+        (Sample(0, "s", questions=()), ["caption", None, "last"]),
+        (Sample(0, "s", questions=QuestionsMalformed("no")), ["caption", None, "last"]),
+        (Sample(0, "s", questions=(Question("last", "?"),)), ["caption", None, "last"]),
+        (Sample(0, "s", questions=QUESTIONS[:1] * 2), ["caption", None, "last"]),
+        (Sample(0, "s", questions=QUESTIONS, error=ImageMissing("no")), [None]),
+    ],
+)
+def test_a_source_row_calls_for(sample: Sample, ids: list[str | None]) -> None:
+    assert question_ids(sample, units=("caption", "questions", "last")) == ids

@@ -1,0 +1,192 @@
+"""Trains the embedded model from nothing, in one seeded, resumable command.
+
+    python -m tools.train_embedded --work /tmp/embedded --out pipeline/embedded/checkpoint
+
+Three stages, as LLaVA's, its pretrained CLIP tower replaced by a first stage of our own:
+
+1. sight: the vision tower alone tells, at each patch of a shape, which shape and colour it is part
+   of (two linear heads, thrown away at the end).
+2. captions: the whole model describes images.
+3. questions: several questions an image, packed behind one image prefix (`tools.packing`).
+
+Most images are drawn on the fly, the others are easy-VQA's training images, moved about; 400 of
+those are held out for validation. The test split is not read here: see `tools.measure_embedded`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from tools.easy_vqa_data import load_split
+from tools.embedded_learner import Learner, loss_of
+from tools.embedded_model import build_processor, export
+from tools.packing import PackedBatch
+from tools.training_batches import Asker, Example
+from tools.validation import sight_accuracy, validate
+
+VALIDATION_IMAGES = 400
+SAVE_EVERY_S = 180
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its length, batch, questions an image, and learning rate from peak to end."""
+
+    name: str
+    steps: int
+    images: int
+    questions: int
+    peak_rate: float
+    end_rate: float
+    decay_from: float = 0.5
+    warm_up_steps: int = 100
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, a plateau, and a linear fall after `decay_from` of the steps."""
+        warm = min(1.0, (step + 1) / self.warm_up_steps)
+        fallen = max(0.0, (step / self.steps - self.decay_from) / (1 - self.decay_from))
+        return warm * (self.peak_rate + fallen * (self.end_rate - self.peak_rate))
+
+
+class Trainer:
+    """Runs the stages; its own checkpoint makes an interrupted run go on where it was."""
+
+    def __init__(self, options: argparse.Namespace, stages: list[Stage]) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.stages = stages
+        self.processor = build_processor()
+        self.learner = Learner(self.processor)
+        certain = [image for image in load_split("train") if image.is_certain]
+        random.Random(options.seed).shuffle(certain)
+        self.held_out = certain[:VALIDATION_IMAGES]
+        self.asker = Asker(self.processor, certain[VALIDATION_IMAGES:])
+        self.state_path: Path = options.work / "state.pt"
+        self.stage_number = 0
+        self.step = 0
+        self.started = time.monotonic()
+        self.optimizer = self.fresh_optimizer()
+        options.work.mkdir(parents=True, exist_ok=True)
+        if self.state_path.exists():
+            self.resume()
+
+    def fresh_optimizer(self) -> torch.optim.AdamW:
+        matrices = [p for p in self.learner.parameters() if p.ndim >= 2]
+        others = [p for p in self.learner.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": 0.02},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+    def resume(self) -> None:
+        state = torch.load(self.state_path, weights_only=True)
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage_number, self.step = state["stage"], state["step"]
+        self.say(f"resumed at {self.stages[self.stage_number].name} step {self.step}")
+
+    def save(self) -> None:
+        state = {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stage": self.stage_number,
+            "step": self.step,
+        }
+        torch.save(state, self.state_path.with_suffix(".new"))
+        os.replace(self.state_path.with_suffix(".new"), self.state_path)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
+
+    def run(self) -> None:
+        if not self.options.out.exists():
+            export(self.learner.llava, self.processor, self.options.out)
+        while self.stage_number < len(self.stages):
+            stage = self.stages[self.stage_number]
+            self.run_stage(stage)
+            self.stage_number, self.step = self.stage_number + 1, 0
+            self.optimizer = self.fresh_optimizer()
+            if self.stage_number < len(self.stages):
+                self.save()
+        self.say("done")
+
+    def run_stage(self, stage: Stage) -> None:
+        saved = time.monotonic()
+        losses: list[float] = []
+        with ThreadPoolExecutor(1) as drawer:
+            drawn = drawer.submit(self.batch, stage, self.step)
+            while self.step < stage.steps:
+                examples, batch = drawn.result()
+                drawn = drawer.submit(self.batch, stage, self.step + 1)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = stage.rate(self.step)
+                losses.append(self.learn(examples, batch))
+                self.step += 1
+                if self.step % 50 == 0:
+                    self.say(f"{stage.name} {self.step}/{stage.steps} loss {np.mean(losses):.4f}")
+                    losses.clear()
+                if self.step % 500 == 0 or self.step == stage.steps:
+                    self.report(stage)
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    self.save()
+                    saved = time.monotonic()
+
+    def batch(self, stage: Stage, step: int) -> tuple[list[Example], PackedBatch | None]:
+        """The batch of a step: the same in every run with this seed."""
+        rng = random.Random(f"{self.options.seed}/{stage.name}/{step}")
+        return self.asker.batch(images=stage.images, questions=stage.questions, rng=rng)
+
+    def learn(self, examples: list[Example], batch: PackedBatch | None) -> float:
+        """One step down the gradient; returns the loss."""
+        loss = loss_of(self.learner, examples, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    def report(self, stage: Stage) -> None:
+        """Validates, and exports the model once it answers."""
+        if stage.questions == 0:
+            accuracy = sight_accuracy(self.learner, self.held_out)
+            self.say(f"{stage.name} {self.step}: validation {accuracy:.4f}")
+            return
+        shares = validate(self.learner, self.asker, self.held_out)
+        listed = " ".join(f"{kind} {share:.4f}" for kind, share in shares.items())
+        self.say(f"{stage.name} {self.step}: validation {listed}")
+        export(self.learner.llava, self.processor, self.options.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="where the run keeps its state")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs=3, default=(2000, 400, 3000))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    sight, captions, questions = options.steps
+    stages = [
+        Stage("sight", sight, images=64, questions=0, peak_rate=1e-3, end_rate=5e-4),
+        Stage("captions", captions, images=32, questions=1, peak_rate=8e-4, end_rate=2e-4),
+        Stage("questions", questions, images=32, questions=6, peak_rate=8e-4, end_rate=1e-5),
+    ]
+    Trainer(options, stages).run()
+
+
+if __name__ == "__main__":
+    main()
