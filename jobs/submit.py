@@ -6,6 +6,7 @@ mean the same there. Knows nothing of what a job does.
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -54,6 +55,8 @@ class Cluster:
         # Imported here: Ray takes seconds, and only these commands talk to a cluster.
         from ray.job_submission import JobSubmissionClient
 
+        # Ray tells of every upload on stderr.
+        logging.getLogger("ray").setLevel(logging.WARNING)
         self.address = address or DEFAULT_ADDRESS
         # Ray lets RAY_ADDRESS overrule the argument, and this variable overrule both.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
@@ -115,6 +118,7 @@ class Cluster:
     @contextlib.contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
         import requests
+        from ray.exceptions import AuthenticationError
 
         try:
             yield
@@ -122,6 +126,12 @@ class Cluster:
             raise JobError(
                 f"no Ray cluster answers at {self.address}; start one with `ray start --head`, or "
                 "name its dashboard with --address http://HOST:8265"
+            ) from error
+        except AuthenticationError as error:
+            reason = error.message.partition("\n")[0].partition(": ")[2]
+            raise JobError(
+                f"the cluster at {self.address} wants its token ({reason}); set RAY_AUTH_TOKEN, "
+                "or RAY_AUTH_TOKEN_PATH to the file that holds it"
             ) from error
         except (ValueError, requests.exceptions.InvalidURL) as error:
             raise SpecError(f"--address {self.address!r}: {error}") from error

@@ -36,10 +36,11 @@ DECODER_ERRORS = (
     LookupError,
     TypeError,
     AttributeError,
+    AssertionError,
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise on bytes that are not what they seem."""
+"""What Pillow's decoders raise on bytes that are not what they seem (found by changing bytes)."""
 
 NOT_READ = frozenset({"EPS"})
 PREFIX_BYTES = 16  # as many as Pillow hands to its decoders to recognise a format

@@ -25,7 +25,7 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
     Costs a read of the weights of a local folder; a hub id is known by its commit.
     """
     checkpoint = open_checkpoint(job.model)
-    pinned = checkpoint.revision
+    pinned = checkpoint.commit
     columns = job.source.columns
     return {
         "weights": f"commit {pinned}" if pinned else _of_files(checkpoint, checkpoint.weights),

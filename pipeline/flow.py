@@ -9,6 +9,7 @@ what a kill can cost is a batch in flight, not a shard.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,9 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's C++ side says on stderr that a restarted actor may miss its constructor's arguments,
+    # which the driver holds for as long as the job runs.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     local = {} if address else {"include_dashboard": False}
     try:
         with contextlib.chdir(Path(__file__).parents[1]):
@@ -152,6 +156,10 @@ def _quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What Ray Data says of its doings is in the session's ray-data.log.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,17 @@ The weights are drawn wide, so that what a model says depends on every position 
 on its image: an engine that misplaces either gives other tokens.
 """
 
+import contextlib
 import functools
 import random
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -132,6 +137,19 @@ def write_checkpoint(
 def shared_checkpoint() -> Path:
     """One checkpoint for all tests of the process that only read it."""
     return write_checkpoint(Path(tempfile.mkdtemp(prefix="tiny-llava-")))
+
+
+@contextlib.contextmanager
+def hub_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
+    """A hub that cannot be reached, and a cache that holds the shared checkpoint; gives its id."""
+    repository = folder / "models--tiny--llava"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(shared_checkpoint(), repository / "snapshots" / "c0ffee")
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+        patched.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        yield "tiny/llava"
 
 
 def noise_image(seed: int, *, width: int = 40, height: int = 32) -> Image.Image:

@@ -166,7 +166,7 @@ class Watched:
 
     def __init__(self, model, *, room=None, error=None):
         self._model, self._room, self._error = model, room, error
-        self.images_seen, self.batches = 0, []
+        self.images_seen, self.batches, self.positions = 0, [], []
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -179,6 +179,7 @@ class Watched:
     def __call__(self, **inputs):
         self._allocate(len(inputs["inputs_embeds"]))
         self.batches.append(len(inputs["inputs_embeds"]))
+        self.positions.append(inputs["position_ids"])
         return self._model(**inputs)
 
     def _allocate(self, n):
@@ -196,6 +197,18 @@ def test_an_image_is_looked_at_once_however_many_questions_and_requests_name_it(
     requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases]
     engine_of(watched, processor).submit(requests)
     assert watched.images_seen == N_IMAGES
+
+
+def test_padding_moves_no_row_away_from_the_positions_it_has_alone(model, processor, cases):
+    """RoPE sees distances only, so that tokens alone would not show a row that is moved."""
+    watched = Watched(model)
+    requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases]
+    engine_of(watched, processor).submit(requests)
+    lengths = sorted(len(r.prefix.token_ids) + len(r.branches[0].token_ids) for r in requests)
+    prefill, step = watched.positions[:2]
+    assert sorted(prefill[:, -1].tolist()) == [length - 1 for length in lengths]
+    assert prefill.min() == 0
+    assert sorted(step[:, -1].tolist()) == lengths
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CPU_OUT_OF_MEMORY])

@@ -12,6 +12,7 @@ from pipeline.generate import Generate
 from schemas.job import JobSpec
 from schemas.tables import SAMPLE, answered_schema, table_of, with_keep
 from tests.models import (
+    hub_cache,
     noise_image,
     shared_checkpoint,
     tiny_model,
@@ -179,11 +180,12 @@ def test_prompts_are_written_where_asked_for(prepared):
     assert rows[1]["prompt"] == "USER: <image>\nWhich colour? ASSISTANT:"
 
 
-def test_the_model_column_names_the_revision(prepared):
-    path = str(shared_checkpoint())
-    job = job_of(model={"path": path, "revision": "v1"})
-    rows = Generate(job, KEEP, run_id="r")(prepared).to_pylist()
-    assert rows[0]["model"] == f"{path}@v1"
+def test_the_model_column_names_the_revision(prepared, monkeypatch, tmp_path):
+    with hub_cache(monkeypatch, tmp_path) as name:
+        job = job_of(model={"path": name, "revision": "main"})
+        rows = Generate(job, KEEP, run_id="r")(prepared).to_pylist()
+    assert rows[0]["model"] == f"{name}@main"
+    assert rows[0]["status"] == "ok"
 
 
 def test_a_batch_with_nothing_to_answer_needs_no_model_run(prepared):

@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import random
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.coverage import Ranges
 from pipeline.sources import open_source
+from pipeline.sources.archive import Archive
 from pipeline.sources.base import Question, Sample, Shard, Turn
 from pipeline.sources.webdataset import WebDataset
 from schemas.errors import (
@@ -64,6 +67,12 @@ def read_columns(tmp_path: Path, row: Any, /, **options: Any) -> Sample:
     members = [("a.png", PNG), ("a.json", json_bytes(row))]
     [sample] = read_members(tmp_path, members, **options)
     return sample
+
+
+def noisy_members(n: int) -> list[tuple[str, bytes]]:
+    """Samples of 50 kB that no compression makes smaller."""
+    chance = random.Random(0)
+    return [(f"{number}.png", chance.randbytes(50_000)) for number in range(n)]
 
 
 def assert_breaks_at(samples: list[Sample], rows: int, index: int) -> str:
@@ -141,8 +150,6 @@ class TestGrouping:
         assert [s.sample_id for s in samples] == [long, "b\ufffd"]
 
     def test_a_store_without_files_of_its_own_is_read_alike(self) -> None:
-        import fsspec
-
         memory = fsspec.filesystem("memory")
         memory.pipe_file("/shards/a.tar", tar_bytes(sample_members(2)))
         source = WebDataset(spec_of("memory://shards/*.tar"))
@@ -163,7 +170,7 @@ class TestSkipping:
     def test_an_unreadable_sample_that_is_answered_does_not_come_again(
         self, tmp_path: Path
     ) -> None:
-        (tmp_path / "a.tar").write_bytes(tar_bytes(sample_members(3))[: 2 * HEADER + 10])
+        (tmp_path / "a.tar").write_bytes(tar_bytes(sample_members(3))[: 4 * HEADER + 10])
         source = WebDataset(spec_of(tmp_path))
         samples, rows = read_all(source, source.list()[0], skip=Ranges.of([(0, 2)]))
         assert (samples, rows) == ([], 2)
@@ -387,17 +394,15 @@ class TestBrokenArchives:
         assert "follows the end-of-archive mark" in assert_breaks_at(samples, rows, 1)
 
     def test_a_cut_gzip_gives_the_samples_before(self, tmp_path: Path) -> None:
-        noise = [(f"{n}.png", bytes((n * k * k) % 251 for k in range(50_000))) for n in range(9)]
-        data = tar_bytes(noise, mode="w:gz")
+        data = tar_bytes(noisy_members(9), mode="w:gz")
         samples, rows = read_raw(tmp_path, data[: len(data) * 2 // 3])
-        assert rows > 1
-        assert_breaks_at(samples, rows, rows - 1)
+        assert_breaks_at(samples, rows, 5)
 
     def test_a_wrong_gzip_checksum_is_found(self, tmp_path: Path) -> None:
-        data = bytearray(tar_bytes(sample_members(3), mode="w:gz"))
+        data = bytearray(tar_bytes(noisy_members(5), mode="w:gz"))
         data[-8] ^= 0xFF
         samples, rows = read_raw(tmp_path, bytes(data))
-        assert "CRC" in assert_breaks_at(samples, rows, 2)
+        assert "CRC" in assert_breaks_at(samples, rows, 4)
 
     @settings(max_examples=150, deadline=None)
     @given(data=st.data())
@@ -416,8 +421,6 @@ class TestBrokenArchives:
 
 
 def test_memory_does_not_grow_with_the_number_of_members(tmp_path: Path) -> None:
-    from pipeline.sources.archive import Archive
-
     with tarfile.open(fileobj=io.BytesIO(tar_bytes(sample_members(50))), mode="r|*") as tar:
         archive = Archive(tar)
         for _ in archive.members():

@@ -21,6 +21,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT_S = 90.0
+TOKEN = "lavaflow-test-token-0123456789abcdef"
 
 
 def environment() -> dict[str, str]:
@@ -32,17 +33,19 @@ def environment() -> dict[str, str]:
         "PATH": os.pathsep.join(paths),
         "PYTHONPATH": str(REPOSITORY),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
     }
 
 
-def lavaflow(*args: str, address: str) -> subprocess.CompletedProcess[str]:
+def lavaflow(*args: str, address: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *args],
         capture_output=True,
         text=True,
         check=False,
         timeout=240,
-        env={**environment(), "RAY_ADDRESS": address},
+        env={**environment(), "RAY_ADDRESS": address, **env},
     )
 
 
@@ -83,9 +86,12 @@ def free_ports(count: int) -> list[int]:
 
 def wait_for(address: str, head: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
+    jobs = urllib.request.Request(
+        f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
     while time.monotonic() < deadline and head.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5):
+            with urllib.request.urlopen(jobs, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
@@ -180,4 +186,14 @@ def test_an_unknown_job_is_told_so(cluster: str, command: list[str]) -> None:
     assert done.stderr == (
         f"Error: the cluster at {cluster} knows no job 'nobody'; "
         "`ray job list` shows those it knows\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_cluster_that_wants_another_token_is_told_so(cluster: str) -> None:
+    done = lavaflow("status", "nobody", address=cluster, RAY_AUTH_TOKEN="0" * 32)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: the cluster at {cluster} wants its token (Forbidden: Invalid authentication "
+        "token); set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it\n"
     )

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,15 @@ do not. The engine applies none of them."""
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint. `path` is a folder, or a hub id at the commit `revision`."""
+    """The files of one checkpoint. `path` is a folder, or a hub id to be read at `revision`.
+
+    `commit`: the hub's commit that the files belong to, where they come from the hub.
+    """
 
     path: str
     revision: str | None
     files: frozenset[str]
+    commit: str | None = None
 
     def open(self, name: str) -> Path:
         """The file on this machine, downloaded first where the checkpoint is on the hub."""
@@ -103,9 +107,13 @@ def open_checkpoint(spec: ModelSpec) -> Checkpoint:
     path = resolve(spec)
     if "://" in path:
         raise SpecError(f"model.path {path!r} is a URL: give a hub id or a local folder")
-    if Path(path).exists() or path.startswith(("/", ".", "~")):
-        return _local(path)
-    return _on_hub(spec)
+    if not Path(path).exists() and not path.startswith(("/", ".", "~")):
+        return _on_hub(spec)
+    if spec.revision:
+        raise SpecError(
+            f"model.revision {spec.revision!r} is for hub ids; {spec.path!r} is a folder"
+        )
+    return _local(path)
 
 
 def _local(path: str) -> Checkpoint:
@@ -136,16 +144,17 @@ def _on_hub(spec: ModelSpec) -> Checkpoint:
             f"model {name} is not on the hub (or is private: set HF_TOKEN), and there is no folder "
             "of that name"
         ) from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's own
         cached = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
         if isinstance(cached, str):
-            return _local(str(Path(cached).parent))
+            snapshot = Path(cached).parent
+            return replace(_local(str(snapshot)), commit=snapshot.name)
         raise SpecError(
             f"model {name}: the hub cannot be reached ({error}), the local cache does not hold it "
             "and there is no folder of that name"
         ) from error
     files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    return Checkpoint(spec.path, info.sha, files)
+    return Checkpoint(spec.path, info.sha, files, commit=info.sha)
 
 
 def check_model(spec: ModelSpec) -> None:

@@ -1,0 +1,213 @@
+"""Whole jobs in this process, on Rays of several sizes: shards in, answers out, resumed."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs.verify import verify
+from schemas.errors import SpecError
+from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
+from tests.s3 import S3Server
+from tests.shards import json_bytes, saved, write_shard
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    with ray_of(num_cpus=2):
+        yield
+
+
+@pytest.mark.usefixtures("ray_session")
+class TestOnTwoCores:
+    def test_every_question_is_answered_right(self, tmp_path: Path) -> None:
+        drawn = write_shapes(tmp_path / "in", shards=2, images=12)
+        job = job_of(tmp_path / "in", tmp_path / "out")
+        result, _ = run(job)
+        rows = answers(tmp_path / "out")
+        expected = [word for colour, shape in drawn for word in (colour, shape)]
+        assert [row["answer"] for row in rows] == expected
+        assert result.record["counts"] == {"ok": 48, "failed": 0, "skipped": 0}
+        assert verify(job).ok
+
+    def test_a_complete_run_leaves_answers_and_its_record_only(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=5)
+        result, _ = run(job_of(tmp_path / "in", tmp_path / "out"))
+        files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*")]
+        folders = Counter(file.parts[0] for file in files if file.parts[0] != ".tmp")
+        assert folders == {"answers": 1, "runs": 1}
+        record = json.loads((tmp_path / f"out/runs/{result.record['run_id']}.json").read_text())
+        assert record["ended"] == "complete"
+        assert record["new"] == {"ok": 10, "failed": 0, "skipped": 0}
+
+    def test_a_second_run_has_nothing_to_do(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=5)
+        job = job_of(tmp_path / "in", tmp_path / "out")
+        run(job)
+        before = answers(tmp_path / "out")
+        result, said = run(job)
+        assert "starting Ray" not in said
+        assert sum(result.record["new"].values()) == 0
+        assert answers(tmp_path / "out") == before
+
+    def test_what_is_missing_and_only_that_is_answered(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=2, images=6)
+        output = {"path": str(tmp_path / "out"), "rows_per_file": 1}
+        job = job_of(tmp_path / "in", tmp_path / "out", output=output)
+        run(job)
+        part = min((tmp_path / "out/answers").iterdir())
+        part.unlink()
+        kept = answers(tmp_path / "out")
+        result, _ = run(job)
+        assert sum(result.record["new"].values()) == 24 - len(kept)
+        assert all(row in answers(tmp_path / "out") for row in kept)
+        assert verify(job).ok
+
+    def test_a_question_added_later_is_asked_alone(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=4)
+        asks = [{"id": "shape", "prompt": "what shape is present?"}]
+        run(job_of(tmp_path / "in", tmp_path / "out", ask=asks))
+        job = job_of(tmp_path / "in", tmp_path / "out")
+        result, _ = run(job)
+        assert sum(result.record["new"].values()) == 4
+        assert verify(job).ok
+
+    def test_a_question_changed_under_its_id_is_refused(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=2)
+        run(job_of(tmp_path / "in", tmp_path / "out"))
+        asks = [{"id": "shape", "prompt": "what shape is in the image?"}]
+        with pytest.raises(SpecError, match=r"question 'shape': was .*, is now"):
+            run(job_of(tmp_path / "in", tmp_path / "out", ask=asks))
+
+    def test_images_in_folders_are_found_and_answered(self, tmp_path: Path) -> None:
+        for number, name in enumerate(("a.png", "deep/er/b.png", "c.jpg")):
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(scene(number)[2])
+        source = {"format": "images", "path": str(tmp_path / "in")}
+        asks = [{"id": "colour", "prompt": "what color is the shape?"}]
+        job = job_of(tmp_path / "in", tmp_path / "out", source=source, ask=asks)
+        run(job)
+        found = {row["sample_id"]: row["answer"] for row in answers(tmp_path / "out")}
+        expected = {"a.png": scene(0)[0], "deep/er/b.png": scene(1)[0], "c.jpg": scene(2)[0]}
+        assert found == expected
+        assert verify(job).ok
+
+    def test_a_truncated_shard_costs_one_failed_row(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=3)
+        shard = tmp_path / "in/shapes-000.tar"
+        shard.write_bytes(shard.read_bytes()[:3100])
+        job = job_of(tmp_path / "in", tmp_path / "out")
+        result, _ = run(job)
+        assert result.record["counts"]["failed"] == 1
+        assert set(result.record["failures"]) == {"ShardUnreadable"}
+        assert result.record["counts"]["ok"] > 0
+        assert verify(job).ok
+
+    def test_an_earlier_conversation_is_part_of_the_prompt(self, tmp_path: Path) -> None:
+        earlier = [
+            {"role": "user", "content": "<image>\nwhat color is the shape?"},
+            {"role": "assistant", "content": "red"},
+        ]
+        members = [("0.png", scene(0)[2]), ("0.json", json_bytes({"talk": earlier}))]
+        write_shard(tmp_path / "in/0.tar", members)
+        source = {
+            "format": "webdataset",
+            "path": str(tmp_path / "in"),
+            "columns": {"conversation": "talk"},
+        }
+        job = job_of(
+            tmp_path / "in",
+            tmp_path / "out",
+            source=source,
+            ask=[{"id": "shape", "prompt": "what shape is present?"}],
+            model={"system_prompt": "Answer in a word."},
+            output={"path": str(tmp_path / "out"), "prompts": True},
+        )
+        run(job)
+        (row,) = answers(tmp_path / "out")
+        assert row["prompt"] == (
+            "Answer in a word. USER: <image>\nwhat color is the shape? ASSISTANT: red</s>"
+            "USER: what shape is present? ASSISTANT:"
+        )
+        assert row["status"] == "ok"
+
+    def test_other_images_than_shapes_bring_a_loud_warning(self, tmp_path: Path) -> None:
+        noise = Image.effect_noise((64, 64), 90).convert("RGB")
+        write_shard(tmp_path / "in/0.tar", [("0.png", saved(noise, "PNG"))])
+        _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
+        assert "WARNING: the embedded model knows one coloured shape" in said
+
+    def test_shapes_bring_no_warning(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=2)
+        _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
+        assert "WARNING" not in said
+
+    def test_shards_and_answers_on_s3(self, s3_server: S3Server, tmp_path: Path) -> None:
+        import s3fs
+
+        write_shapes(tmp_path / "in", shards=2, images=4)
+        storage = {"endpoint_url": s3_server.endpoint_url}
+        fs = s3fs.S3FileSystem(endpoint_url=s3_server.endpoint_url, use_listings_cache=False)
+        fs.put(str(tmp_path / "in"), s3_server.url("job/in"), recursive=True)
+        job = job_of(
+            "unused",
+            "unused",
+            source={
+                "format": "webdataset",
+                "path": s3_server.url("job/in/shapes-{000..001}.tar"),
+                "storage": storage,
+            },
+            output={"path": s3_server.url("job/out"), "storage": storage},
+        )
+        result, _ = run(job)
+        table = s3_server.url("job/out").removeprefix("s3://")
+        rows = answers(table, filesystem=fs)
+        assert [row["status"] for row in rows] == ["ok"] * 16
+        assert result.record["counts"]["ok"] == 16
+        assert verify(job).ok
+        assert sum(run(job)[0].record["new"].values()) == 0
+
+
+def test_one_core_does_not_hang(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "in", shards=3, images=3)
+    job = job_of(tmp_path / "in", tmp_path / "out")
+    with ray_of(num_cpus=1):
+        result, _ = run(job)
+    assert result.record["counts"]["ok"] == 18
+    assert verify(job).ok
+
+
+def test_each_generate_actor_claims_a_gpu_of_its_own(tmp_path: Path) -> None:
+    import ray
+
+    write_shapes(tmp_path / "in", shards=4, images=6)
+    resources = {"generate": {"actors": 3, "batch_size": 2}}
+    job = job_of(tmp_path / "in", tmp_path / "out", resources=resources)
+    free: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            free.append(ray.available_resources().get("GPU", 0.0))
+            time.sleep(0.1)
+
+    with ray_of(num_cpus=6, num_gpus=4):
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            result, _ = run(job)
+        finally:
+            over.set()
+            watcher.join()
+    assert min(free) == 1.0
+    resolved: dict[str, Any] = dict(result.record["resources"])
+    assert (resolved["generate_actors"], resolved["generate_gpus"]) == (3, 1.0)
+    assert verify(job).ok

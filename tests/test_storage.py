@@ -1,0 +1,201 @@
+"""Listing and publishing on local disks and in memory; S3 is in test_storage_s3.py."""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.storage import Output, StoredFile, identity_of, list_files
+from schemas.errors import SpecError
+from schemas.job import StorageSpec
+
+HERE = StorageSpec()
+
+
+def files_in(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def listed(*paths: Path | str) -> list[StoredFile]:
+    return list_files([str(path) for path in paths], HERE, suffixes=[".tar"])
+
+
+def names(files: list[StoredFile]) -> list[str]:
+    return [Path(file.uri).name for file in files]
+
+
+class TestListing:
+    def test_a_folder_is_searched_through_for_the_suffixes(self, tmp_path: Path) -> None:
+        files_in(tmp_path, "b.tar", "deep/er/a.TAR", "c.txt")
+        assert names(listed(tmp_path)) == ["b.tar", "a.TAR"]
+
+    def test_a_file_is_taken_whatever_its_suffix(self, tmp_path: Path) -> None:
+        files_in(tmp_path, "c.txt")
+        assert names(listed(tmp_path / "c.txt")) == ["c.txt"]
+
+    def test_globs_and_brace_ranges_are_expanded(self, tmp_path: Path) -> None:
+        files_in(tmp_path, *(f"{number:02}.tar" for number in range(12)))
+        assert names(listed(f"{tmp_path}/{{09..11}}.tar")) == ["09.tar", "10.tar", "11.tar"]
+        assert names(listed(f"{tmp_path}/1*.tar")) == ["10.tar", "11.tar"]
+
+    def test_a_file_named_twice_is_listed_once_and_all_are_sorted(self, tmp_path: Path) -> None:
+        files_in(tmp_path, "b.tar", "a.tar")
+        files = listed(tmp_path / "b.tar", tmp_path, tmp_path / "*.tar")
+        assert names(files) == ["a.tar", "b.tar"]
+
+    def test_a_name_with_glob_characters_that_exists_is_itself(self, tmp_path: Path) -> None:
+        files_in(tmp_path, "a[1].tar", "a1.tar")
+        assert names(listed(tmp_path / "a[1].tar")) == ["a[1].tar"]
+
+    def test_local_uris_are_plain_absolute_paths(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(files_in(tmp_path, "a.tar"))
+        assert [file.uri for file in listed("a.tar")] == [str(tmp_path / "a.tar")]
+
+    def test_other_stores_keep_their_protocol(self) -> None:
+        fsspec.filesystem("memory").pipe_file("/listing/a.tar", b"123")
+        [file] = listed("memory://listing")
+        assert (file.uri, file.size) == ("memory:///listing/a.tar", 3)
+
+    def test_the_identity_changes_with_the_content(self, tmp_path: Path) -> None:
+        files_in(tmp_path, "a.tar")
+        [before] = listed(tmp_path)
+        assert listed(tmp_path) == [before]
+        os.utime(tmp_path / "a.tar", (1, 1))
+        [touched] = listed(tmp_path)
+        (tmp_path / "a.tar").write_bytes(b"longer than before")
+        os.utime(tmp_path / "a.tar", (1, 1))
+        [longer] = listed(tmp_path)
+        assert len({before.identity, touched.identity, longer.identity}) == 3
+
+    def test_an_etag_is_the_identity_where_there_is_one(self) -> None:
+        assert identity_of({"ETag": '"abc"', "size": 3, "mtime": 1}) == "abc"
+        assert identity_of({"size": 3, "mtime": 1}) == "3-1"
+
+
+class TestListingErrors:
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("no.tar", "does not exist; check the spelling"),
+            ("*.tar", r"holds no file that ends in one of: \.tar"),
+            ("empty", r"holds no file that ends in one of: \.tar"),
+            ("{a,b.tar", "unbalanced braces"),
+        ],
+    )
+    def test_a_path_without_files_names_the_path_and_the_remedy(
+        self, tmp_path: Path, path: str, message: str
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(SpecError, match=message) as error:
+            listed(tmp_path / path)
+        assert path in str(error.value)
+
+    def test_an_unknown_protocol_names_the_url(self) -> None:
+        with pytest.raises(SpecError, match="nonsense://x: cannot open this kind of URL"):
+            listed("nonsense://x")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+    def test_a_folder_that_may_not_be_read_says_so(self, tmp_path: Path) -> None:
+        folder = files_in(tmp_path / "closed", "a.tar")
+        folder.chmod(0)
+        try:
+            with pytest.raises(SpecError, match="may not be read"):
+                listed(folder / "a.tar")
+        finally:
+            folder.chmod(0o700)
+
+    def test_a_name_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.tar")).write_bytes(b"")
+        with pytest.raises(SpecError, match="not valid UTF-8"):
+            listed(tmp_path)
+
+
+MakeOutput = Callable[[], Output]
+
+
+@pytest.fixture(params=["local", "memory"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeOutput:
+    """Opens one and the same output, as several writers do."""
+    path = str(tmp_path / "out") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return lambda: Output(path, HERE)
+
+
+class TestOutput:
+    def test_a_published_file_is_read_back(self, make: MakeOutput) -> None:
+        output = make()
+        assert output.publish("answers/a.parquet", b"0123")
+        assert output.read("answers/a.parquet") == b"0123"
+        with output.open("answers/a.parquet") as file:
+            file.seek(2)
+            assert file.read() == b"23"
+
+    def test_publishing_never_replaces(self, make: MakeOutput) -> None:
+        assert make().publish("answers/a.parquet", b"first")
+        assert not make().publish("answers/a.parquet", b"second")
+        assert make().read("answers/a.parquet") == b"first"
+
+    def test_names_are_sorted_and_of_one_folder_and_suffix(self, make: MakeOutput) -> None:
+        output = make()
+        assert output.names("answers", suffix=".parquet") == []
+        for name in ("b.parquet", "a.parquet", "c.txt", "deep/d.parquet"):
+            output.publish(f"answers/{name}", b"")
+        assert make().names("answers", suffix=".parquet") == [
+            "answers/a.parquet", "answers/b.parquet"
+        ]  # fmt: skip
+
+    def test_removing_makes_room_and_forgives_what_is_gone(self, make: MakeOutput) -> None:
+        output = make()
+        output.publish("a", b"1")
+        output.remove("a")
+        output.remove("a")
+        assert output.publish("a", b"2")
+
+    def test_prepare_leaves_nothing_behind(self, make: MakeOutput) -> None:
+        output = make()
+        output.prepare()
+        assert output.names(".tmp", suffix="") == []
+
+    def test_reading_what_is_not_there_raises(self, make: MakeOutput) -> None:
+        with pytest.raises(FileNotFoundError):
+            make().read("answers/a.parquet")
+
+
+class TestLocalOutput:
+    def test_of_many_writers_one_wins_and_its_file_is_whole(self, tmp_path: Path) -> None:
+        results: dict[int, bool] = {}
+        start = threading.Barrier(8)
+
+        def write(number: int) -> None:
+            output = Output(str(tmp_path), HERE)
+            start.wait()
+            results[number] = output.publish("answers/a", bytes([number]) * 100_000)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [winner] = [number for number, won in results.items() if won]
+        assert len(results) == 8
+        assert (tmp_path / "answers/a").read_bytes() == bytes([winner]) * 100_000
+
+    def test_nothing_unfinished_stays(self, tmp_path: Path) -> None:
+        output = Output(str(tmp_path), HERE)
+        output.publish("answers/a", b"1")
+        output.publish("answers/a", b"2")
+        assert list((tmp_path / ".tmp").iterdir()) == []
+        assert [path.name for path in (tmp_path / "answers").iterdir()] == ["a"]
+
+    def test_an_output_below_a_file_is_a_spec_error(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(SpecError, match=r"output\.path .*file/out.* cannot be written"):
+            Output(str(tmp_path / "file" / "out"), HERE).prepare()
