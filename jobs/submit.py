@@ -22,6 +22,7 @@ from schemas.job import JobSpec
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENTRYPOINT = "python -m jobs.cli run spec.yaml"
 POLL_INTERVAL_S = 1.0
+START_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Cluster:
         from ray.job_submission import JobSubmissionClient
 
         # Ray tells of every upload on stderr.
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for logger in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+            logging.getLogger(logger).setLevel(logging.WARNING)
         self.address = address or DEFAULT_ADDRESS
         # Ray lets RAY_ADDRESS overrule the argument, and this variable overrule both.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
@@ -67,13 +69,24 @@ class Cluster:
         """Start the job; returns its id."""
         with tempfile.TemporaryDirectory(prefix="lavaflow-") as folder, self._errors():
             Path(folder, "spec.yaml").write_text(dump_spec(job), encoding="utf-8")
-            return str(
-                self._client.submit_job(
+            return self._submit(folder, name=job.name)
+
+    def _submit(self, folder: str, *, name: str) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                job_id = self._client.submit_job(
                     entrypoint=ENTRYPOINT,
                     runtime_env={"working_dir": folder},
-                    metadata={"name": job.name},
+                    metadata={"name": name},
                 )
-            )
+            except RuntimeError as error:
+                # A cluster that has just started answers before it can run jobs.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_INTERVAL_S)
+            else:
+                return str(job_id)
 
     def status(self, job_id: str) -> JobStatus:
         with self._errors(job_id):

@@ -20,7 +20,7 @@ from tests.shards import json_bytes, saved, write_shard
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def ray_session() -> Iterator[None]:
     with ray_of(num_cpus=2):
         yield

@@ -52,7 +52,7 @@ def lavaflow(*args: str, address: str, **env: str) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of the dashboard of a Ray head of two CPUs on this machine."""
-    gcs, dashboard = free_ports(2)
+    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
     # Ray's sockets lie below this folder, and the path of a socket has to be short.
     folder = tempfile.mkdtemp(prefix="lf-ray-", dir="/tmp")
     head = subprocess.Popen(
@@ -61,6 +61,10 @@ def cluster() -> Iterator[str]:
             *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2"),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1"),
             *(f"--dashboard-port={dashboard}", "--disable-usage-stats", f"--temp-dir={folder}"),
+            # These have fixed defaults, which another Ray on this machine may hold.
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--ray-client-server-port={client}",
         ],
         env=environment(),
         stdout=subprocess.DEVNULL,

@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=3, default=(1500, 400, 3000))
+    parser.add_argument("--steps", type=int, nargs=3, default=(1450, 300, 1600))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     disable_progress_bar()
