@@ -25,8 +25,9 @@ check: $(VENV)/dev ## format, lint, types, and which package may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/dev ## the engine beside transformers' generate; prints JSON
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/dev ## exactness and accuracy of the embedded model; prints JSON
+	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.easy_vqa
 
 clean: ## remove .venv and what the tools leave behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -11,16 +11,14 @@ what a kill can cost is a batch in flight, not a shard.
 import contextlib
 import logging
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.encode import Encode
 from pipeline.footer import Fingerprint
@@ -53,8 +51,7 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
     """
     job, keep, r = run.job, run.keep, run.resources
     chain = (
-        ray.data.read_datasource(ShardReads(job, work, keep=keep), num_cpus=r.read_cpus)
-        .repartition(target_num_rows_per_block=r.batch_size)
+        _samples(run, work)
         .map_batches(
             Encode,
             fn_constructor_args=(job, keep),
@@ -87,31 +84,26 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
         yield from chain.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-class ShardReads(Datasource):  # type: ignore[misc]  # ray is untyped here
-    """Shards as Ray Data reads them: one task a shard, small files many to a task."""
+def _samples(run: Run, work: Sequence[ShardWork]) -> ray.data.Dataset:
+    """The rows still to be answered, in blocks of one batch."""
+    tasks = [{"work": pickle.dumps(group)} for group in groups_of(work)]
+    read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        _read,
+        fn_kwargs={"job": run.job, "keep": run.keep},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=run.resources.read_cpus,
+    )
+    cut = read.repartition(target_num_rows_per_block=run.resources.batch_size)
+    # Ray has no argument for what cutting costs. Said to cost what reading does, it becomes a part
+    # of the reading tasks; else it takes tasks of a whole CPU, which a small machine never has.
+    cut._logical_plan.dag.ray_remote_args["num_cpus"] = run.resources.read_cpus
+    return cut
 
-    def __init__(
-        self, job: JobSpec, work: Sequence[ShardWork], *, keep: Mapping[str, pa.DataType]
-    ) -> None:
-        super().__init__()
-        self._job, self._work, self._keep = job, work, keep
 
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """One task for each group of shards; the parallelism that Ray suggests is not used."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [self._task(group, unknown) for group in groups_of(self._work)]
-
-    def _task(self, group: Sequence[ShardWork], metadata: BlockMetadata) -> ReadTask:
-        job, keep = self._job, self._keep
-        return ReadTask(lambda: read_shards(job, group, keep=keep), metadata)
+def _read(batch: pa.Table, *, job: JobSpec, keep: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
+    for group in batch["work"].to_pylist():
+        yield from read_shards(job, pickle.loads(group), keep=keep)
 
 
 def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:

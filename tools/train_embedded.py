@@ -2,12 +2,14 @@
 
     python -m tools.train_embedded --work /tmp/embedded --out pipeline/embedded/checkpoint
 
-Three stages, as LLaVA's, its pretrained CLIP tower replaced by a first stage of our own:
+LLaVA's stages, its pretrained CLIP tower replaced by a first stage of our own:
 
 1. sight: the vision tower alone tells, at each patch of a shape, which shape and colour it is part
    of (two linear heads, thrown away at the end).
 2. captions: the whole model describes images.
-3. questions: several questions an image, packed behind one image prefix (`tools.packing`).
+3. presence: is a colour or a shape there? Comparing is the slow part, and is learned soonest
+   without negations, which hide it.
+4. questions: every kind, several an image, packed behind one image prefix (`tools.packing`).
 
 Most images are drawn on the fly, the others are easy-VQA's training images, moved about; 400 of
 those are held out for validation. The test split is not read here: see `tools.measure_embedded`.
@@ -32,7 +34,7 @@ from tools.easy_vqa_data import load_split
 from tools.embedded_learner import Learner, loss_of
 from tools.embedded_model import build_processor, export
 from tools.packing import PackedBatch
-from tools.training_batches import Asker, Example
+from tools.training_batches import Asker, Example, Mix
 from tools.validation import sight_accuracy, validate
 
 VALIDATION_IMAGES = 400
@@ -41,12 +43,11 @@ SAVE_EVERY_S = 180
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its length, batch, questions an image, and learning rate from peak to end."""
+    """One stage: its length, what is asked in a batch, and learning rate from peak to end."""
 
     name: str
     steps: int
-    images: int
-    questions: int
+    mix: Mix
     peak_rate: float
     end_rate: float
     decay_from: float = 0.5
@@ -59,10 +60,45 @@ class Stage:
         return warm * (self.peak_rate + fallen * (self.end_rate - self.peak_rate))
 
 
+STAGES = (
+    Stage("sight", 1450, Mix(images=64, questions=0), peak_rate=1e-3, end_rate=5e-4),
+    Stage(
+        "captions",
+        300,
+        Mix(images=32, questions=1, weights={"caption": 1}),
+        peak_rate=8e-4,
+        end_rate=2e-4,
+    ),
+    Stage(
+        "presence",
+        500,
+        Mix(
+            images=24,
+            questions=10,
+            weights={"presence": 16, "colour": 1, "shape": 1, "caption": 1},
+        ),
+        peak_rate=8e-4,
+        end_rate=8e-4,
+    ),
+    Stage(
+        "questions",
+        1200,
+        Mix(
+            images=24,
+            questions=10,
+            weights={"presence": 6, "absence": 6, "colour": 2, "shape": 2, "caption": 1},
+            conversations=0.2,
+        ),
+        peak_rate=8e-4,
+        end_rate=1e-5,
+    ),
+)
+
+
 class Trainer:
     """Runs the stages; its own checkpoint makes an interrupted run go on where it was."""
 
-    def __init__(self, options: argparse.Namespace, stages: list[Stage]) -> None:
+    def __init__(self, options: argparse.Namespace, stages: tuple[Stage, ...]) -> None:
         torch.manual_seed(options.seed)
         self.options = options
         self.stages = stages
@@ -146,7 +182,7 @@ class Trainer:
     def batch(self, stage: Stage, step: int) -> tuple[list[Example], PackedBatch | None]:
         """The batch of a step: the same in every run with this seed."""
         rng = random.Random(f"{self.options.seed}/{stage.name}/{step}")
-        return self.asker.batch(images=stage.images, questions=stage.questions, rng=rng)
+        return self.asker.batch(stage.mix, rng)
 
     def learn(self, examples: list[Example], batch: PackedBatch | None) -> float:
         """One step down the gradient; returns the loss."""
@@ -159,7 +195,7 @@ class Trainer:
 
     def report(self, stage: Stage) -> None:
         """Validates, and exports the model once it answers."""
-        if stage.questions == 0:
+        if stage.mix.questions == 0:
             accuracy = sight_accuracy(self.learner, self.held_out)
             self.say(f"{stage.name} {self.step}: validation {accuracy:.4f}")
             return
@@ -175,17 +211,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=3, default=(1450, 300, 1600))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     disable_progress_bar()
-    sight, captions, questions = options.steps
-    stages = [
-        Stage("sight", sight, images=64, questions=0, peak_rate=1e-3, end_rate=5e-4),
-        Stage("captions", captions, images=32, questions=1, peak_rate=8e-4, end_rate=2e-4),
-        Stage("questions", questions, images=32, questions=6, peak_rate=8e-4, end_rate=1e-5),
-    ]
-    Trainer(options, stages).run()
+    Trainer(options, STAGES).run()
 
 
 if __name__ == "__main__":

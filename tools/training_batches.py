@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 from tools.easy_vqa_data import LabelledImage
 from tools.embedded_model import IMAGE_TOKENS, PATCH_PX
 from tools.packing import PackedBatch, Packer, collate
-from tools.questions import KINDS, SYSTEM_TEXTS, answer, ask, reworded
+from tools.questions import SYSTEM_TEXTS, answer, ask, reworded
 from tools.shapes import (
     SIDE_PX,
     background_of,
@@ -38,6 +38,19 @@ class Example:
     colour: str
     shape: str
     patches: np.ndarray
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a batch holds: images, questions about each, weights of their kinds.
+
+    `conversations` is the share of images whose questions are turns; the others' are a tree.
+    """
+
+    images: int
+    questions: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    conversations: float = 0.0
 
 
 @functools.cache
@@ -89,9 +102,9 @@ class Asker:
         pixels = np.asarray(disturb(image, rng))
         return Example(pixels, colour, shape, touched_patches(image))
 
-    def turns(self, example: Example, rng: random.Random, *, count: int) -> list[tuple[str, str]]:
-        """`count` questions of mixed kinds; a single one is always for a caption."""
-        kinds = ["caption"] if count == 1 else [rng.choice(KINDS) for _ in range(count)]
+    def turns(self, example: Example, mix: Mix, rng: random.Random) -> list[tuple[str, str]]:
+        """The mix's number of questions about one image, answered."""
+        kinds = rng.choices(tuple(mix.weights), tuple(mix.weights.values()), k=mix.questions)
         turns = []
         for kind in kinds:
             question = ask(kind, colour=example.colour, shape=example.shape, rng=rng)
@@ -99,18 +112,16 @@ class Asker:
             turns.append((reworded(question) if rng.random() < 0.15 else question, reply))
         return turns
 
-    def batch(
-        self, *, images: int, questions: int, rng: random.Random
-    ) -> tuple[list[Example], PackedBatch | None]:
+    def batch(self, mix: Mix, rng: random.Random) -> tuple[list[Example], PackedBatch | None]:
         """Examples, and what is asked of them, or None where no question is."""
-        examples = [self.example(rng) for _ in range(images)]
-        if questions == 0:
+        examples = [self.example(rng) for _ in range(mix.images)]
+        if mix.questions == 0:
             return examples, None
         packed = [
             self.packer.pack(
-                self.turns(example, rng, count=questions),
+                self.turns(example, mix, rng),
                 system=rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else "",
-                is_tree=rng.random() < 0.8,
+                is_tree=rng.random() >= mix.conversations,
             )
             for example in examples
         ]
