@@ -13,9 +13,9 @@ from PIL import Image
 
 from jobs.verify import verify
 from schemas.errors import SpecError
-from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
 from tests.s3 import S3Server
 from tests.shards import json_bytes, saved, write_shard
+from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
 
 pytestmark = pytest.mark.slow
 

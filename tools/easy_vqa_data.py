@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import easy_vqa
 
 from tools.questions import kind_of
 from tools.shapes import COLOURS, SHAPES
+
+VALIDATION_IMAGES = 400
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ def load_split(split: str) -> list[LabelledImage]:
         )
         for image_id, path in sorted(get_paths().items())
     ]
+
+
+def load_training() -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """The training split's images of certain colour and shape: to train on, and held out."""
+    certain = [image for image in load_split("train") if image.is_certain]
+    random.Random(0).shuffle(certain)
+    return certain[VALIDATION_IMAGES:], certain[:VALIDATION_IMAGES]
 
 
 def possible(questions: list[tuple[str, str]], values: frozenset[str]) -> frozenset[str]:

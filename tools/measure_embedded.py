@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from tools.easy_vqa_data import LabelledImage, load_split
+from tools.easy_vqa_data import LabelledImage, load_split, load_training
 from tools.questions import CAPTION_REQUESTS, caption, kind_of
 from tools.shapes import SIDE_PX, jpeg
 
@@ -108,17 +107,14 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--split", choices=("train", "test"), default="test")
-    parser.add_argument("--images", type=int, help="only so many, drawn with a fixed seed")
+    parser.add_argument("--split", choices=("validation", "test"), required=True)
     parser.add_argument("--disturb", choices=tuple(DISTURBANCES), default="none")
     parser.add_argument("--every-caption-request", action="store_true")
     parser.add_argument("--show-wrong", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    labelled = load_split(options.split)
-    if options.images:
-        labelled = random.Random(1).sample(labelled, options.images)
+    labelled = load_split("test") if options.split == "test" else load_training()[1]
     requests = CAPTION_REQUESTS if options.every_caption_request else ("Describe the image.",)
     figures = measure(
         Answerer(options.checkpoint), labelled, DISTURBANCES[options.disturb], requests

@@ -30,14 +30,13 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from tools.easy_vqa_data import load_split
+from tools.easy_vqa_data import load_training
 from tools.embedded_learner import Learner, loss_of
 from tools.embedded_model import build_processor, export
 from tools.packing import PackedBatch
 from tools.training_batches import Asker, Example, Mix
 from tools.validation import sight_accuracy, validate
 
-VALIDATION_IMAGES = 400
 SAVE_EVERY_S = 180
 
 
@@ -104,10 +103,8 @@ class Trainer:
         self.stages = stages
         self.processor = build_processor()
         self.learner = Learner(self.processor)
-        certain = [image for image in load_split("train") if image.is_certain]
-        random.Random(options.seed).shuffle(certain)
-        self.held_out = certain[:VALIDATION_IMAGES]
-        self.asker = Asker(self.processor, certain[VALIDATION_IMAGES:])
+        training, self.held_out = load_training()
+        self.asker = Asker(self.processor, training)
         self.state_path: Path = options.work / "state.pt"
         self.stage_number = 0
         self.step = 0
