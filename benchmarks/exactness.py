@@ -4,94 +4,96 @@
 
 Asks easy-VQA's test questions of the embedded model in float32 three times: through the engine in
 batches of 1 and of 16, and through `generate` on each single unpadded prompt. Prints one JSON
-object with the number of prompts whose tokens are equal, and every difference.
+object with the number of prompts whose tokens are equal, and every difference; its exit status is 1
+where there is any.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pipeline.embedded import CHECKPOINT
-from pipeline.encode import Encode
-from pipeline.generate import Generate
-from schemas.job import JobSpec
-from schemas.tables import SAMPLE, table_of
+from pipeline.engine.load import load_model, load_processor
+from pipeline.engine.pixels import pixel_table, resized
+from pipeline.engine.plain import PlainEngine
+from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
+from schemas.job import ModelSpec
 from tools.easy_vqa_data import LabelledImage, load_split
 
 MAX_NEW_TOKENS = 16
 IMAGES_PER_CALL = 16
+Tokens = tuple[int, ...]
 
 
-def job_of(batch_size: int) -> JobSpec:
-    return JobSpec.model_validate(
-        {
-            "source": {"format": "webdataset", "path": "unused"},
-            "ask": [{"from": "questions"}],
-            "generate": {"max_new_tokens": MAX_NEW_TOKENS},
-            "resources": {"generate": {"batch_size": batch_size}},
-            "output": {"path": "unused"},
-        }
-    )
+class Bench:
+    """One model, asked in several ways."""
 
+    def __init__(self) -> None:
+        spec = ModelSpec(dtype="float32", device="cpu")
+        self.processor: Any = load_processor(spec)
+        self.model: Any = load_model(spec, torch.device("cpu"))
+        self.table = pixel_table(self.processor)
 
-def engine_answers(images: Sequence[LabelledImage], *, batch_size: int) -> list[str]:
-    """The answers of all questions, in order, through the prepare and generate stages."""
-    job = job_of(batch_size)
-    encode, generate = Encode(job, {}), Generate(job, {}, run_id="exactness", threads=None)
-    answers: list[str] = []
-    for start in range(0, len(images), IMAGES_PER_CALL):
-        answered = generate(encode(_samples(images[start : start + IMAGES_PER_CALL])))
-        answers += [str(answer) for answer in answered["answer"].to_pylist()]
-    return answers
+    def engine(self, images: Sequence[LabelledImage], *, batch_size: int) -> list[Tokens]:
+        """Each question's tokens, all questions of an image in one request."""
+        engine = PlainEngine(
+            self.model,
+            eos_token_ids=[self.model.generation_config.eos_token_id],
+            table=self.table,
+            batch_size=batch_size,
+        )
+        tokens: list[Tokens] = []
+        for start in range(0, len(images), IMAGES_PER_CALL):
+            requests = [self.request(image) for image in images[start : start + IMAGES_PER_CALL]]
+            for outcomes in engine.submit(requests):
+                for outcome in outcomes:
+                    assert isinstance(outcome, Answer), outcome
+                    tokens.append(tuple(outcome.token_ids))
+        return tokens
 
+    def request(self, image: LabelledImage) -> Request:
+        picture = picture_of(image)
+        ids = [inputs["input_ids"][0] for inputs in self.inputs(image, picture)]
+        split = max(n for n, token in enumerate(ids[0]) if token == self.processor.image_token_id)
+        pixels = ImagePixels(
+            resized(self.processor, picture), hashlib.sha256(image.path.read_bytes()).hexdigest()
+        )
+        branches = [Branch(prompt[split + 1 :], MAX_NEW_TOKENS) for prompt in ids]
+        return Request(Prefix(ids[0][: split + 1], [pixels]), branches)
 
-def _samples(images: Sequence[LabelledImage]) -> pa.Table:
-    return table_of(
-        (
-            {
-                "source_uri": "easy-vqa",
-                "source_index": image.image_id,
-                "sample_id": str(image.image_id),
-                "units": ["questions"],
-                "image": image.path.read_bytes(),
-                "questions": [
-                    {"id": f"q{n}", "question": question}
-                    for n, (question, _) in enumerate(image.questions)
-                ],
-            }
-            for image in images
-        ),
-        SAMPLE,
-    )
+    @torch.inference_mode()
+    def generate(self, images: Sequence[LabelledImage]) -> Iterator[Tokens]:
+        """Each question's tokens as transformers gives them for that prompt alone."""
+        end = self.model.generation_config.eos_token_id
+        for image in images:
+            for inputs in self.inputs(image, picture_of(image), return_tensors="pt"):
+                ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+                new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+                yield tuple(new[:-1] if new[-1] == end else new)
 
-
-@torch.inference_mode()
-def generate_answers(images: Sequence[LabelledImage]) -> Iterator[str]:
-    """transformers' `generate` on each prompt alone, without padding."""
-    processor = LlavaProcessor.from_pretrained(CHECKPOINT, backend="pil")
-    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    for image in images:
-        with Image.open(image.path) as opened:
-            picture = opened.convert("RGB")
+    def inputs(
+        self, image: LabelledImage, picture: Image.Image, **options: Any
+    ) -> Iterator[dict[str, Any]]:
         for question, _ in image.questions:
             prompt = f"USER: <image>\n{question} ASSISTANT:"
-            inputs = processor(text=prompt, images=picture, return_tensors="pt")
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-            new = ids[0, inputs["input_ids"].shape[1] :]
-            yield processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+            yield self.processor(text=prompt, images=picture, **options)
+
+
+def picture_of(image: LabelledImage) -> Image.Image:
+    with Image.open(image.path) as opened:
+        return opened.convert("RGB")
 
 
 def compare(images: Sequence[LabelledImage]) -> dict[str, Any]:
-    ones = engine_answers(images, batch_size=1)
-    sixteens = engine_answers(images, batch_size=16)
-    single = list(generate_answers(images))
+    bench = Bench()
+    ones = bench.engine(images, batch_size=1)
+    sixteens = bench.engine(images, batch_size=16)
+    single = list(bench.generate(images))
     differences = [
         {"prompt": n, "batch_1": a, "batch_16": b, "generate": c}
         for n, (a, b, c) in enumerate(zip(ones, sixteens, single, strict=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.commit import AnswerTable
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.checkpoint import check_model, open_checkpoint
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
 from pipeline.read import ShardWork
@@ -45,9 +45,18 @@ def plan(job: JobSpec) -> Plan:
     source = open_source(job.source)
     shards = source.list()
     check_model(job.model)
+    job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
     table = AnswerTable(job.output, keep=keep, fingerprint=fingerprint)
     table.output.prepare()
     table.open(shards)
     return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, table=table)
+
+
+def _pinned(job: JobSpec) -> JobSpec:
+    """The job with a hub id at the commit it means now: every actor loads the same weights."""
+    commit = open_checkpoint(job.model).commit
+    if commit is None:
+        return job
+    return job.model_copy(update={"model": job.model.model_copy(update={"revision": commit})})

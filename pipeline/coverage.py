@@ -5,6 +5,7 @@ as ranges of row indexes, so that its size grows with the number of holes, not o
 This module knows numbers and names only: no files, no Parquet, no ray.
 """
 
+import bisect
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,8 +39,19 @@ class Ranges:
     def __and__(self, other: "Ranges") -> "Ranges":
         return Ranges.of((max(a, c), min(b, d)) for a, b in self.pairs for c, d in other.pairs)
 
+    def __sub__(self, other: "Ranges") -> "Ranges":
+        left = []
+        for start, stop in self.pairs:
+            for a, b in other.pairs:
+                if a < stop and start < b:
+                    left.append((start, a))
+                    start = max(start, b)
+            left.append((start, stop))
+        return Ranges.of(left)
+
     def __contains__(self, index: int) -> bool:
-        return any(start <= index < stop for start, stop in self.pairs)
+        before = bisect.bisect_right(self.pairs, index, key=lambda pair: pair[0])
+        return before > 0 and index < self.pairs[before - 1][1]
 
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.pairs)

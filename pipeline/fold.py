@@ -54,10 +54,7 @@ def added_coverage(
 
 
 def _added(shard: ShardCoverage, known: ShardCoverage) -> ShardCoverage:
-    units = {
-        unit: without(ranges, known.units.get(unit, Ranges()))
-        for unit, ranges in shard.units.items()
-    }
+    units = {unit: ranges - known.units.get(unit, Ranges()) for unit, ranges in shard.units.items()}
     # A row without a question id stands for its units: where all are answered, it adds nothing.
     null = units.pop(NULL_QUESTION, Ranges())
     units[NULL_QUESTION] = null & reduce(Ranges.__or__, units.values(), Ranges())
@@ -66,18 +63,6 @@ def _added(shard: ShardCoverage, known: ShardCoverage) -> ShardCoverage:
         rows_total=shard.rows_total if known.rows_total is None else None,
         units={unit: units[unit] for unit in shard.units if units[unit].pairs},
     )
-
-
-def without(ranges: Ranges, other: Ranges) -> Ranges:
-    """The indexes of `ranges` that are not in `other`."""
-    left = []
-    for start, stop in ranges.pairs:
-        for a, b in other.pairs:
-            if a < stop and start < b:
-                left.append((start, a))
-                start = max(start, b)
-        left.append((start, stop))
-    return Ranges.of(left)
 
 
 def _rows_of(part: Part, added: Sequence[ShardCoverage]) -> pa.Table:

@@ -21,8 +21,7 @@
         └── GenerateError         stage `generate`
             ├── TokenFeatureMismatch  image tokens in the prompt, image features of the model
             ├── NonFiniteLogits       the model answered NaN or infinity
-            ├── DeviceOutOfMemory     the row does not fit the device alone
-            └── DeviceFailed          the device refused the row's own forward pass
+            └── DeviceOutOfMemory     the row does not fit the device alone
 
 The name of a row error's class is what the answer table says in `error_class`: these names are
 public and stable. A message names the subject, the value and the remedy.
@@ -118,8 +117,4 @@ class NonFiniteLogits(GenerateError):
 
 
 class DeviceOutOfMemory(GenerateError):
-    pass
-
-
-class DeviceFailed(GenerateError):
     pass

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pipeline.commit import AnswerTable, write_run_record
 from pipeline.coverage import Ranges
-from pipeline.fold import without
 from pipeline.footer import Fingerprint
 from pipeline.parts import read_info
 from pipeline.sources.base import Shard
@@ -278,15 +277,6 @@ def test_an_object_store_holds_the_same_table(s3_server: S3Server) -> None:
     last = Run(url, storage=storage).table
     assert last.tally.counts["ok"] == 3
     assert last.coverage.of("a.tar", IDENTITY).is_complete(["caption"])
-
-
-indexes = st.lists(st.integers(0, 30))
-
-
-@given(indexes, indexes)
-def test_without_is_the_difference_of_sets(left: list[int], right: list[int]) -> None:
-    both = without(Ranges.of_indexes(left), Ranges.of_indexes(right))
-    assert both == Ranges.of_indexes(set(left) - set(right))
 
 
 ROWS = [

@@ -40,9 +40,12 @@ class TestRanges:
         assert Ranges.of_indexes(indexes(some)) == some
 
     @given(ranges, ranges)
-    def test_union_and_intersection_are_those_of_sets(self, a: Ranges, b: Ranges) -> None:
+    def test_union_intersection_and_difference_are_those_of_sets(
+        self, a: Ranges, b: Ranges
+    ) -> None:
         assert indexes(a | b) == indexes(a) | indexes(b)
         assert indexes(a & b) == indexes(a) & indexes(b)
+        assert indexes(a - b) == indexes(a) - indexes(b)
 
     @given(ranges, st.integers(-1, 61))
     def test_membership_and_length_are_those_of_sets(self, some: Ranges, index: int) -> None:

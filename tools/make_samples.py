@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from tools.questions import ask
-from tools.shapes import COLOURS, SHAPES, Scene, draw, random_scene
+from tools.shapes import COLOURS, SHAPES, Scene, draw
 
 SHARDS = 2
 IMAGES_A_SHARD = 24
@@ -27,17 +27,18 @@ SEED = 7
 
 def sample_scene(number: int, rng: random.Random) -> Scene:
     """A scene large enough to please the eye; 24 in a row hold every colour and shape pair."""
-    scene = random_scene(rng)
-    while not 14 <= min(scene.box[2:]) <= max(scene.box[2:]) <= 36:
-        scene = random_scene(rng)
     shape = SHAPES[number % len(SHAPES)]
-    colour = tuple(COLOURS)[number // len(SHAPES) % len(COLOURS)]
-    left, top, width, height = scene.box
-    if shape != "rectangle":
-        width = height = min(width, height)
+    width = height = rng.uniform(14, 36)
     if shape == "triangle":
         height = width * 0.866
-    return Scene(shape, colour, (left, top, width, height), scene.background)
+    elif shape == "rectangle":
+        height = rng.uniform(14, 36)
+    return Scene(
+        shape=shape,
+        colour=tuple(COLOURS)[number // len(SHAPES) % len(COLOURS)],
+        box=(rng.uniform(1, 63 - width), rng.uniform(1, 63 - height), width, height),
+        background=(rng.randint(228, 255), rng.randint(228, 255), rng.randint(228, 255)),
+    )
 
 
 def sample_members(number: int) -> list[tuple[str, bytes]]:
