@@ -9,10 +9,11 @@ what a kill can cost is a batch in flight, not a shard.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
     chain = (
         _samples(run, work)
         .map_batches(
-            Encode,
-            fn_constructor_args=(job, keep),
+            Stage,
+            fn_constructor_args=(functools.partial(Encode, job, keep),),
             batch_size=r.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -63,9 +64,12 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
             num_cpus=r.preprocess_cpus,
         )
         .map_batches(
-            Generate,
-            fn_constructor_args=(job, keep),
-            fn_constructor_kwargs={"run_id": run.run_id, "threads": r.generate_threads},
+            Stage,
+            fn_constructor_args=(
+                functools.partial(
+                    Generate, job, keep, run_id=run.run_id, threads=r.generate_threads
+                ),
+            ),
             batch_size=r.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
@@ -114,6 +118,26 @@ def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:
     return [*([s] for s in shards), *(files[start : start + FILES_PER_TASK] for start in starts)]
 
 
+class Stage:
+    """A stage that is built on its actor.
+
+    What is wrong with a model or a machine is found there; raised by a constructor, only its text
+    would reach the driver, so it is raised by the first call.
+    """
+
+    def __init__(self, build: Callable[[], Callable[[pa.Table], pa.Table]]) -> None:
+        self._error: LavaflowError | None = None
+        try:
+            self._call = build()
+        except LavaflowError as error:
+            self._error = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._error:
+            raise self._error
+        return self._call(batch)
+
+
 @contextlib.contextmanager
 def session(address: str | None) -> Iterator[dict[str, float]]:
     """A Ray session, here or on the cluster at `address`; gives the cluster's resources.
@@ -128,12 +152,12 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's C++ side says on stderr that a restarted actor may miss its constructor's arguments,
-    # which the driver holds for as long as the job runs.
+    # Ray's C++ side warns on stderr that a restarted actor may miss its constructor's arguments,
+    # which the driver holds for as long as the job runs; and when told not to, says that, too.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     local = {} if address else {"include_dashboard": False}
     try:
-        with contextlib.chdir(Path(__file__).parents[1]):
+        with contextlib.chdir(Path(__file__).parents[1]), _without_stderr():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
@@ -144,24 +168,43 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing on this process's stderr, whatever language writes there."""
+    with open(os.devnull, "wb") as nowhere:
+        saved = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
 def _quiet() -> None:
     context = ray.data.DataContext.get_current()
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # What Ray Data says of its doings is in the session's ray-data.log.
+    # What Ray Data says of its doings is in the session's ray-data.log; errors are raised as well.
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL + 1)
 
 
 @contextlib.contextmanager
 def _errors_of_the_job() -> Iterator[None]:
     try:
         yield
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, LavaflowError):
-            raise JobError(str(cause)) from error
-        raise JobError(f"a worker failed: {cause!r}") from error
     except ray.exceptions.RayError as error:
-        raise JobError(f"Ray gave up: {error}") from error
+        raise JobError(_told(error)) from error
+
+
+def _told(error: ray.exceptions.RayError) -> str:
+    """What went wrong, without the layers that Ray wraps around it."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return f"Ray gave up: {error}"
+    cause = error.cause
+    # Ray Data appends a paragraph about its own retry settings.
+    text = str(cause).partition("\nFailed to ")[0]
+    return text if isinstance(cause, LavaflowError) else f"{type(cause).__name__}: {text}"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs.verify import verify
-from schemas.errors import SpecError
+from schemas.errors import JobError, SpecError
 from tests.s3 import S3Server
 from tests.shards import json_bytes, saved, write_shard
 from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="class")
-def ray_session() -> Iterator[None]:
+def ray_session(s3_server: S3Server) -> Iterator[None]:
+    """Started after the S3 server: Ray's workers inherit its credentials with the environment."""
     with ray_of(num_cpus=2):
         yield
 
@@ -149,6 +150,20 @@ class TestOnTwoCores:
         write_shapes(tmp_path / "in", shards=1, images=2)
         _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
         assert "WARNING" not in said
+
+    def test_a_machine_that_cannot_load_the_model_ends_the_job_with_the_reason(
+        self, tmp_path: Path
+    ) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=1)
+        job = job_of(tmp_path / "in", tmp_path / "out", model={"device": "cuda"})
+        with pytest.raises(JobError) as caught:
+            run(job)
+        assert str(caught.value) == (
+            "model.device is cuda, but this actor sees no GPU: set resources.generate.gpus, or "
+            "model.device to auto"
+        )
+        (record,) = (tmp_path / "out/runs").iterdir()
+        assert json.loads(record.read_text())["ended"].startswith("JobError: model.device is cuda")
 
     def test_shards_and_answers_on_s3(self, s3_server: S3Server, tmp_path: Path) -> None:
         import s3fs

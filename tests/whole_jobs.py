@@ -5,7 +5,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ def scene(number: int) -> tuple[str, str, bytes]:
     """The colour, the shape and the PNG of the `number`th of 24 scenes, large and in the middle."""
     colour = tuple(COLOURS)[number % len(COLOURS)]
     shape = SHAPES[number % len(SHAPES)]
-    drawn = draw(Scene(shape, colour, box=(20, 18, 26, 24), background=(240, 240, 250)))
+    height = {"circle": 26, "rectangle": 20, "triangle": 22.5}[shape]
+    box = (20, 18, 26, height)
+    drawn = draw(Scene(shape, colour, box=box, background=(240, 240, 250)))
     return colour, shape, saved(drawn, "PNG")
 
 
@@ -81,8 +83,10 @@ def lavaflow(
 def answers(output: str | Path, **options: Any) -> list[dict[str, Any]]:
     """The rows of the table, by place and question."""
     table = ds.dataset(f"{output}/answers", format="parquet", **options).to_table()
-    keys: Sequence[str] = ("source_uri", "source_index", "question_id")
-    return sorted(table.to_pylist(), key=lambda row: tuple(str(row[key]) for key in keys))
+    return sorted(
+        table.to_pylist(),
+        key=lambda row: (row["source_uri"], row["source_index"], row["question_id"] or ""),
+    )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tools.questions import CAPTION_REQUESTS, caption, kind_of
 from tools.shapes import SIDE_PX, jpeg
 
 BATCH = 64
-SIZES_PX = (12, 16, 24, SIDE_PX)
+SIZES_PX = {12: "up to 12 px", 16: "13 to 16 px", 24: "17 to 24 px", SIDE_PX: "over 24 px"}
 DISTURBANCES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "none": lambda image: image,
     "jpeg-80": lambda image: jpeg(image, quality=80),
@@ -62,8 +62,7 @@ def size_class(image: Image.Image) -> str:
     background = np.median(corners, axis=0)
     rows, columns = (np.abs(pixels - background).sum(-1) > 60).nonzero()
     side = max(np.ptp(rows), np.ptp(columns)) + 1
-    limit = next(limit for limit in SIZES_PX if side <= limit)
-    return f"up to {limit} px"
+    return next(name for limit, name in SIZES_PX.items() if side <= limit)
 
 
 def measure(
@@ -91,7 +90,7 @@ def measure(
         for (image, question, accepted), given in zip(part, answers, strict=True):
             kind = kind_of(question)
             size = size_class(originals[image.image_id])
-            whole = "captions" if kind == "caption" else "questions"
+            whole = "caption" if kind == "caption" else "questions"
             for name in dict.fromkeys((whole, kind, f"{whole}, shape {size}")):
                 counts[name][0] += given in accepted
                 counts[name][1] += 1

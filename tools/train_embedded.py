@@ -60,7 +60,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("sight", 1450, Mix(images=64, questions=0), peak_rate=1e-3, end_rate=5e-4),
+    Stage("sight", 1500, Mix(images=64, questions=0), peak_rate=1e-3, end_rate=5e-4),
     Stage(
         "captions",
         300,
