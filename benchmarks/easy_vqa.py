@@ -79,9 +79,10 @@ def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
         status[row["status"]] += 1
         image = by_key[row["sample_id"]]
         answer = row["answer"] or ""
+        words = set(answer.split())
         if row["question_id"] == CAPTION["id"]:
             kind = "caption"
-            is_right = image.colour in answer.split() and image.shape in answer.split()
+            is_right = bool(image.colours & words) and bool(image.shapes & words)
         else:
             question, expected = image.questions[int(row["question_id"][1:])]
             kind = kind_of(question)
