@@ -1,10 +1,11 @@
 """Accuracy of the embedded model on easy-VQA's test split, through the whole pipeline.
 
-    python -m benchmarks.easy_vqa [--images N] [--keep-folder DIR]
+    python -m benchmarks.easy_vqa [--disturb none|jpeg-80|...] [--images N] [--keep-folder DIR]
 
-Packs the split (PyPI `easy-vqa`: 1,000 images, 9,673 questions) into tar shards, answers every
-question and one caption an image with `lavaflow run`, checks the table with `lavaflow verify`, and
-prints one JSON object: rates by question kind, statuses, and what it ran against.
+Packs the split (PyPI `easy-vqa`: 1,000 images, 9,673 questions) into tar shards, its images as they
+are or disturbed (`tools.measure_embedded`), answers every question and one caption an image with
+`lavaflow run`, checks the table with `lavaflow verify`, and prints one JSON object: rates by
+question kind, what was taken for what, statuses, and what it ran against.
 """
 
 import argparse
@@ -15,23 +16,31 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
 import yaml
+from PIL import Image
 
 from tools.easy_vqa_data import LabelledImage, load_split
+from tools.measure_embedded import DISTURBANCES
 from tools.questions import kind_of
 
 IMAGES_PER_SHARD = 100
 CAPTION = {"id": "caption", "prompt": "Describe the image."}
+AS_THEY_ARE = "none"
 
 
-def write_shards(images: Sequence[LabelledImage], folder: Path) -> None:
+def write_shards(
+    images: Sequence[LabelledImage],
+    folder: Path,
+    *,
+    disturb: Callable[[Image.Image], Image.Image] = DISTURBANCES[AS_THEY_ARE],
+) -> None:
     """Tar shards in the webdataset layout: `KEY.png` and `KEY.json` with the questions."""
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(images), IMAGES_PER_SHARD):
@@ -42,8 +51,16 @@ def write_shards(images: Sequence[LabelledImage], folder: Path) -> None:
                     {"id": f"q{n}", "question": question}
                     for n, (question, _) in enumerate(image.questions)
                 ]
-                _add(tar, f"{image.image_id:06d}.png", image.path.read_bytes())
+                _add(tar, f"{image.image_id:06d}.png", png_of(image.path, disturb))
                 _add(tar, f"{image.image_id:06d}.json", json.dumps({"questions": questions}))
+
+
+def png_of(path: Path, disturb: Callable[[Image.Image], Image.Image]) -> bytes:
+    """The file of the disturbed image; PNG keeps what JPEG left of it."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        disturb(image.convert("RGB")).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes | str) -> None:
@@ -53,11 +70,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes | str) -> None:
     tar.addfile(member, io.BytesIO(raw))
 
 
-def spec_of(shards: Path, output: Path) -> dict[str, Any]:
+def spec_of(shards: Path, output: Path, *, prompts: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """A job that asks these prompts of every image, and each image's own questions."""
     return {
         "name": "easy-vqa-test",
         "source": {"format": "webdataset", "path": str(shards)},
-        "ask": [CAPTION, {"from": "questions"}],
+        "ask": [*prompts, {"from": "questions"}],
         "output": {"path": str(output)},
     }
 
@@ -74,6 +92,7 @@ def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
     by_key = {f"{image.image_id:06d}": image for image in images}
     asked, right = Counter[str](), Counter[str]()
     status = Counter[str]()
+    confusions = {kind: defaultdict(Counter[str]) for kind in ("colour", "shape")}
     table = ds.dataset(output / "answers", format="parquet").to_table()
     for row in table.to_pylist():
         status[row["status"]] += 1
@@ -87,6 +106,8 @@ def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
             question, expected = image.questions[int(row["question_id"][1:])]
             kind = kind_of(question)
             is_right = answer == expected
+            if kind in confusions:
+                confusions[kind][expected][answer] += 1
         asked[kind] += 1
         right[kind] += is_right
     questions = [kind for kind in asked if kind != "caption"]
@@ -99,19 +120,22 @@ def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
         "captions": asked["caption"],
         "captions_right": right["caption"] / asked["caption"],
         "right_by_kind": {kind: right[kind] / asked[kind] for kind in sorted(asked)},
+        "right_of_asked": {kind: [right[kind], asked[kind]] for kind in sorted(asked)},
+        "confusions": confusions,
     }
 
 
-def measure(images: Sequence[LabelledImage], folder: Path) -> dict[str, Any]:
+def measure(images: Sequence[LabelledImage], folder: Path, *, disturbance: str) -> dict[str, Any]:
     shards, output, spec = folder / "shards", folder / "output", folder / "spec.yaml"
-    write_shards(images, shards)
-    spec.write_text(yaml.safe_dump(spec_of(shards, output)))
+    write_shards(images, shards, disturb=DISTURBANCES[disturbance])
+    spec.write_text(yaml.safe_dump(spec_of(shards, output, prompts=[CAPTION])))
     start = time.perf_counter()
     run = lavaflow("run", str(spec), "--json")
     wall_s = time.perf_counter() - start
     verified = lavaflow("verify", str(output))
     return {
         "benchmark": "easy-VQA test split through lavaflow run",
+        "disturbance": disturbance,
         **score(images, output),
         "run_exit_status": run["exit_status"],
         "verify_exit_status": verified["exit_status"],
@@ -122,12 +146,15 @@ def measure(images: Sequence[LabelledImage], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--disturb", choices=tuple(DISTURBANCES), default=AS_THEY_ARE)
     parser.add_argument("--images", type=int, default=None, help="only the first N images")
     parser.add_argument("--keep-folder", type=Path, default=None, help="keep shards and table here")
     arguments = parser.parse_args()
     images = load_split("test")[: arguments.images]
     with tempfile.TemporaryDirectory() as scratch:
-        figures = measure(images, arguments.keep_folder or Path(scratch))
+        figures = measure(
+            images, arguments.keep_folder or Path(scratch), disturbance=arguments.disturb
+        )
     print(json.dumps(figures, indent=2))
 
 

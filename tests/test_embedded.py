@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import random
 import tarfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from pipeline.embedded import CHECKPOINT, SAMPLES
 from tools.make_samples import IMAGES_A_SHARD, SHARDS, sample_members
-from tools.packing import Packer, collate
+from tools.packing import PackedBatch, Packer, collate
 from tools.questions import CAPTION_REQUESTS, answer, ask, caption, reworded
 from tools.shapes import COLOURS, SHAPES, Scene, draw, jpeg
+from tools.train_embedded import Stage, Trainer
+from tools.training_batches import Example, Mix
 
 LARGEST_BYTES = 8 * 1024 * 1024
 PACKED_NAMES = [f"shapes-{number:05d}.tar" for number in range(SHARDS)]
@@ -235,3 +239,37 @@ def test_each_branch_of_a_training_tree_stands_where_it_would_stand_alone() -> N
     assert batch.positions.tolist()[1][4:] == [0, 1, 2, 3, 4, 5]
     assert batch.mask[0, 0, 7].tolist() == [True] * 3 + [False] * 3 + [True] * 2 + [False] * 2
     assert batch.learned.tolist()[0] == [False] * 4 + [True] * 2 + [False] + [True] * 3
+
+
+class Dying(Trainer):
+    """Dies in the middle of its last stage."""
+
+    def learn(self, examples: list[Example], batch: PackedBatch | None) -> float:
+        if (self.stage_number, self.step) == (1, 1):
+            raise KeyboardInterrupt
+        return super().learn(examples, batch)
+
+
+def test_a_run_that_died_goes_on_to_the_weights_of_one_that_did_not(tmp_path: Path) -> None:
+    captions = Mix(images=2, questions=1, weights={"caption": 1})
+    stages = (
+        Stage("sight", 2, Mix(images=2, questions=0), peak_rate=1e-3, end_rate=5e-4),
+        Stage("captions", 3, captions, peak_rate=1e-3, end_rate=5e-4),
+    )
+
+    def trainer(kind: type[Trainer], name: str) -> Trainer:
+        work = tmp_path / name
+        options = argparse.Namespace(work=work, out=work / "checkpoint", seed=0)
+        made = kind(options, stages, save_every_s=0)
+        made.held_out = made.held_out[:2]
+        return made
+
+    whole = trainer(Trainer, "whole")
+    whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(Dying, "died").run()
+    resumed = trainer(Trainer, "died")
+    assert (resumed.stage_number, resumed.step) == (1, 1)
+    resumed.run()
+    weights = whole.learner.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in resumed.learner.state_dict().items())

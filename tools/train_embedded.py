@@ -2,14 +2,18 @@
 
     python -m tools.train_embedded --work /tmp/embedded --out pipeline/embedded/checkpoint
 
-LLaVA's stages, its pretrained CLIP tower replaced by a first stage of our own:
+LLaVA's two stages, after a vision pretraining of our own in place of its pretrained CLIP tower:
 
-1. sight: the vision tower alone tells, at each patch of a shape, which shape and colour it is part
-   of (two linear heads, thrown away at the end).
-2. captions: the whole model describes images.
-3. presence: is a colour or a shape there? Comparing is the slow part, and is learned soonest
-   without negations, which hide it.
-4. questions: every kind, several an image, packed behind one image prefix (`tools.packing`).
+- vision pretraining
+  1. sight: the vision tower alone tells, at each patch of a shape, which shape and colour it is
+     part of (two linear heads, thrown away at the end).
+- LLaVA's first stage, which aligns projector and tower
+  2. captions: the whole model describes images.
+- LLaVA's second stage, instruction tuning; the loss is on answers only
+  3. presence: is a colour or a shape there? Comparing is the slow part, and is learned soonest
+     without negations, which hide it.
+  4. questions: every kind, several an image, packed behind one image prefix (`tools.packing`) or
+     as turns of one conversation.
 
 Most images are drawn on the fly, the others are easy-VQA's training images, moved about; 400 of
 those are held out for validation. The test split is not read here: see `tools.measure_embedded`.
@@ -24,6 +28,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+# Read when torch loads OpenMP: threads that spin while they wait starve each other, and whoever
+# shares the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -97,10 +105,17 @@ STAGES = (
 class Trainer:
     """Runs the stages; its own checkpoint makes an interrupted run go on where it was."""
 
-    def __init__(self, options: argparse.Namespace, stages: tuple[Stage, ...]) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        stages: tuple[Stage, ...],
+        *,
+        save_every_s: float = SAVE_EVERY_S,
+    ) -> None:
         torch.manual_seed(options.seed)
         self.options = options
         self.stages = stages
+        self.save_every_s = save_every_s
         self.processor = build_processor()
         self.learner = Learner(self.processor)
         training, self.held_out = load_training()
@@ -144,8 +159,6 @@ class Trainer:
         print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
 
     def run(self) -> None:
-        if not self.options.out.exists():
-            export(self.learner.llava, self.processor, self.options.out)
         while self.stage_number < len(self.stages):
             stage = self.stages[self.stage_number]
             self.run_stage(stage)
@@ -172,7 +185,7 @@ class Trainer:
                     losses.clear()
                 if self.step % 500 == 0 or self.step == stage.steps:
                     self.report(stage)
-                if time.monotonic() - saved > SAVE_EVERY_S:
+                if time.monotonic() - saved >= self.save_every_s:
                     self.save()
                     saved = time.monotonic()
 
