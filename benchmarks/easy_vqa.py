@@ -5,7 +5,7 @@
 Packs the split (PyPI `easy-vqa`: 1,000 images, 9,673 questions) into tar shards, its images as they
 are or disturbed (`tools.measure_embedded`), answers every question and one caption an image with
 `lavaflow run`, checks the table with `lavaflow verify`, and prints one JSON object: rates by
-question kind, what was taken for what, statuses, and what it ran against.
+kind of question and size of shape, what was taken for what, statuses, and what it ran against.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from tools.easy_vqa_data import LabelledImage, load_split
-from tools.measure_embedded import DISTURBANCES
+from tools.measure_embedded import DISTURBANCES, size_class
 from tools.questions import kind_of
 
 IMAGES_PER_SHARD = 100
@@ -58,9 +58,13 @@ def write_shards(
 def png_of(path: Path, disturb: Callable[[Image.Image], Image.Image]) -> bytes:
     """The file of the disturbed image; PNG keeps what JPEG left of it."""
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        disturb(image.convert("RGB")).save(buffer, format="PNG")
+    disturb(opened(path)).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes | str) -> None:
@@ -90,6 +94,7 @@ def lavaflow(*arguments: str) -> dict[str, Any]:
 def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
     """Exact answers by question kind, and captions that name the colour and the shape."""
     by_key = {f"{image.image_id:06d}": image for image in images}
+    sizes = {key: size_class(opened(image.path)) for key, image in by_key.items()}
     asked, right = Counter[str](), Counter[str]()
     status = Counter[str]()
     confusions = {kind: defaultdict(Counter[str]) for kind in ("colour", "shape")}
@@ -100,27 +105,22 @@ def score(images: Sequence[LabelledImage], output: Path) -> dict[str, Any]:
         answer = row["answer"] or ""
         words = set(answer.split())
         if row["question_id"] == CAPTION["id"]:
-            kind = "caption"
+            whole = kind = "captions"
             is_right = bool(image.colours & words) and bool(image.shapes & words)
         else:
             question, expected = image.questions[int(row["question_id"][1:])]
-            kind = kind_of(question)
+            whole, kind = "questions", kind_of(question)
             is_right = answer == expected
             if kind in confusions:
                 confusions[kind][expected][answer] += 1
-        asked[kind] += 1
-        right[kind] += is_right
-    questions = [kind for kind in asked if kind != "caption"]
+        for name in {whole, kind, f"{whole}, shape {sizes[row['sample_id']]}"}:
+            asked[name] += 1
+            right[name] += is_right
     return {
         "rows": table.num_rows,
         "status": dict(status),
-        "questions": sum(asked[kind] for kind in questions),
-        "questions_right": sum(right[kind] for kind in questions)
-        / sum(asked[k] for k in questions),
-        "captions": asked["caption"],
-        "captions_right": right["caption"] / asked["caption"],
-        "right_by_kind": {kind: right[kind] / asked[kind] for kind in sorted(asked)},
-        "right_of_asked": {kind: [right[kind], asked[kind]] for kind in sorted(asked)},
+        "right": {name: right[name] / asked[name] for name in sorted(asked)},
+        "right_of_asked": {name: [right[name], asked[name]] for name in sorted(asked)},
         "confusions": confusions,
     }
 

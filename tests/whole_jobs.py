@@ -96,6 +96,7 @@ def ray_of(*, num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
 
     with contextlib.chdir(REPOSITORY):
         ray.init(
+            "local",
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,
