@@ -17,7 +17,7 @@ from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
 from schemas.errors import SpecError
-from schemas.job import JobSpec
+from schemas.job import AskRow, JobSpec
 from schemas.tables import RESERVED_COLUMNS
 
 
@@ -42,6 +42,11 @@ def plan(job: JobSpec) -> Plan:
     """Check the job and look at what its output holds. Raises SpecError for what cannot work."""
     if clash := sorted(set(job.source.keep) & RESERVED_COLUMNS):
         raise SpecError(f"source.keep: {clash[0]!r} is a column of the answer table; drop it")
+    if job.source.format == "images" and any(isinstance(ask, AskRow) for ask in job.ask):
+        raise SpecError(
+            "ask: {from: questions}: format `images` has no questions of its own; give {id, "
+            "prompt}, or use format `webdataset`"
+        )
     source = open_source(job.source)
     shards = source.list()
     check_model(job.model)

@@ -4,12 +4,13 @@ The output is the checkpoint: whatever ends a run early, the same command goes o
 durable. One run per output is assumed, not yet enforced.
 """
 
+import contextlib
 import datetime
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -24,12 +25,15 @@ from jobs.progress import Progress
 from pipeline.commit import write_run_record
 from pipeline.footer import STATUSES, Footer, Tally
 from pipeline.parts import ANSWERS
-from pipeline.resources import check_fits, resolve_resources
-from schemas.errors import JobError
+from pipeline.resources import Resources, check_fits, resolve_resources
+from pipeline.storage import store_errors
+from schemas.errors import JobError, SpecError
 from schemas.job import JobSpec
 
 MOST_PASSES = 3
-"""A pass answers whatever no part covers; rows are left over only where Ray has lost some."""
+"""A pass answers whatever no part covers; rows are left over where a store has failed."""
+PAUSE_S = 5.0
+"""Between passes, times their number: a store that fails is given time."""
 
 RECORDED_VERSIONS = ("lavaflow", "ray", "torch", "transformers", "pyarrow", "pillow")
 
@@ -45,13 +49,14 @@ class RunResult:
 def run_job(job: JobSpec, *, address: str | None, console: Console) -> RunResult:
     """Answer everything that the job asks and its output does not hold yet.
 
-    Raises SpecError before anything is started, JobError where the job cannot go on.
+    Raises SpecError before anything is answered, JobError where the job cannot go on.
     """
     planned = plan(job)
     run = _Run(planned, console)
     try:
-        run.answer(address)
-        planned.table.finish()
+        with _store_failures_as_job_errors(planned):
+            run.answer(address)
+            planned.table.finish()
     except BaseException as error:
         run.record(ended=f"{type(error).__name__}: {error}".removesuffix(": "))
         raise
@@ -88,8 +93,7 @@ class _Run:
         with flow.session(address) as cluster:
             _raise_on_sigterm()
             resources = resolve_resources(self.plan.job.resources, cluster)
-            if not address:
-                check_fits(resources, cluster)
+            self._check_fits(resources, cluster, is_ours=not address)
             self.resources = {**vars(resources), "cluster": _plain(cluster)}
             run = flow.Run(
                 job=self.plan.job,
@@ -100,15 +104,28 @@ class _Run:
             )
             with Progress(self.console) as progress:
                 progress.start(len(self.plan.shards), len(self.plan.shards) - len(work))
-                for _ in range(MOST_PASSES):
+                for number in range(MOST_PASSES):
+                    time.sleep(number * PAUSE_S)
                     for receipt in flow.answer(run, work):
                         self._commit(receipt, progress)
                     if not (work := self.plan.work()):
                         return
         raise JobError(
-            f"{work[0].shard.uri} and {len(work) - 1} more shards are not complete after "
-            f"{MOST_PASSES} passes; run the same command again, and report this"
+            f"{work[0].shard.uri} and {len(work) - 1} more shards could not be read to their end "
+            f"in {MOST_PASSES} passes; see that the store can be reached and run the same command "
+            "again: it goes on from here"
         )
+
+    def _check_fits(
+        self, resources: Resources, cluster: Mapping[str, float], *, is_ours: bool
+    ) -> None:
+        """A machine cannot grow; a cluster may, so there a warning has to do."""
+        try:
+            check_fits(resources, cluster)
+        except SpecError as error:
+            if is_ours:
+                raise
+            self._say(f"Waiting until the cluster has grown: {error}")
 
     def _commit(self, receipt: pa.Table, progress: Progress) -> None:
         if self.first_answer_s is None:
@@ -154,7 +171,7 @@ class _Run:
         }
         try:
             write_run_record(self.plan.table.output, self.run_id, record)
-        except OSError as error:
+        except store_errors() as error:
             self._say(f"could not write runs/{self.run_id}.json: {error}")
         return record
 
@@ -163,6 +180,17 @@ class _Run:
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def _store_failures_as_job_errors(planned: Plan) -> Iterator[None]:
+    try:
+        yield
+    except store_errors() as error:
+        raise JobError(
+            f"{planned.table.output.uri}: the store failed: {error}; run the same command again: "
+            "it goes on from here"
+        ) from error
 
 
 def new_run_id() -> str:

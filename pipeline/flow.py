@@ -30,6 +30,9 @@ from pipeline.write import write_part
 from schemas.errors import JobError, LavaflowError
 from schemas.job import JobSpec
 
+LOST_ACTORS = 5
+"""How often a batch is tried again because its actor died; Ray's own choice is for ever, which a
+batch that kills its actor would use."""
 FILES_PER_TASK = 64
 """Shards of a single row (image files) that one read task takes; other shards get a task each."""
 
@@ -62,6 +65,7 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
                 min_size=r.preprocess_actors[0], max_size=r.preprocess_actors[1]
             ),
             num_cpus=r.preprocess_cpus,
+            max_task_retries=LOST_ACTORS,
         )
         .map_batches(
             Stage,
@@ -75,6 +79,7 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
             compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
             num_cpus=r.generate_cpus,
             num_gpus=r.generate_gpus,
+            max_task_retries=LOST_ACTORS,
         )
         .map_batches(
             write_part,
@@ -158,7 +163,10 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
     local = {} if address else {"include_dashboard": False}
     try:
         with contextlib.chdir(Path(__file__).parents[1]), _without_stderr():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            # Without an address, Ray would join any cluster that was started on this machine.
+            ray.init(
+                address=address or "local", log_to_driver=False, logging_level="ERROR", **local
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
     try:

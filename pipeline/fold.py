@@ -25,7 +25,8 @@ def fold_parts(parts: Sequence[Part], *, covered: Coverage) -> Part:
 
     Raises ValueError where there are no parts.
     """
-    known = Coverage(covered)
+    touched = [shard for _, footer in parts for shard in footer.shards]
+    known = Coverage(covered.of(shard.uri, shard.identity) for shard in touched)
     added = Coverage()
     tables = []
     for table, footer in parts:

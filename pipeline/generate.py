@@ -46,7 +46,8 @@ class Generate:
 
         device = device_of(job.model)
         if threads is not None and device.type == "cpu":
-            torch.set_num_threads(threads)
+            # `threads` counts the cluster's CPUs; this machine may have fewer.
+            torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         processor = load_processor(job.model)
         model = load_model(job.model, device)
         self._job, self._keep, self._run_id = job, keep, run_id
@@ -118,7 +119,7 @@ class Generate:
     def _common(self, row: dict[str, Any]) -> dict[str, Any]:
         """What all answers of one source row share."""
         model = self._job.model
-        same = ["source_uri", "source_index", "shard_identity", "sample_id", "units"]
+        same = ["source_uri", "source_index", "shard_identity", "rows_total", "sample_id", "units"]
         same += ["image_sha256", "image_width", "image_height"]
         return {
             **{name: row[name] for name in same},

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.coverage import ShardCoverage
 from pipeline.sources import open_source
 from pipeline.sources.base import Sample, Shard, Source
-from schemas.errors import RowError
+from schemas.errors import RowError, StoreUnavailable
 from schemas.job import JobSpec
 from schemas.tables import KEEP, SAMPLE, error_of, table_of, with_keep
 
@@ -50,14 +50,25 @@ def read_shards(
 
 def _rows(job: JobSpec, work: Sequence[ShardWork], *, source: Source) -> Iterator[dict[str, Any]]:
     for item in work:
-        place = {"source_uri": item.shard.uri, "shard_identity": item.shard.identity}
+        place: dict[str, Any] = {
+            "source_uri": item.shard.uri,
+            "shard_identity": item.shard.identity,
+        }
         samples = source.read(item.shard, skip=item.done.answered_rows(job.units))
+        is_marked = False
         while True:
             try:
                 sample = next(samples)
             except StopIteration as end:
-                yield {**place, "rows_total": end.value}
+                if not is_marked:
+                    yield {**place, "rows_total": end.value}
                 break
+            except StoreUnavailable:
+                # Without its end mark, the shard is read again from here by the next pass.
+                break
+            # A shard of known length needs no row of its own to say where it ends.
+            is_marked = item.shard.rows is not None
+            place["rows_total"] = item.shard.rows
             units = item.done.missing_units(sample.index, job.units)
             yield {**place, "units": units, **_columns(sample)}
 

@@ -73,13 +73,13 @@ def resolve_resources(spec: ResourcesSpec, cluster: Mapping[str, float]) -> Reso
 
 
 def check_fits(resources: Resources, cluster: Mapping[str, float]) -> None:
-    """Raise SpecError where the job would wait for ever for what a fixed cluster does not have."""
+    """Raise SpecError where the job would wait for ever for what the cluster does not have."""
     for kind, needed in (("CPU", resources.cpus_needed), ("GPU", resources.gpus_needed)):
         there = cluster.get(kind, 0.0)
         if needed > there + 1e-6:
             raise SpecError(
-                f"resources: the job needs {needed:g} {kind}s ({_stages(resources)}), this machine "
-                f"has {there:g}; lower resources.generate or resources.preprocess, or run on a "
+                f"resources: the job needs {needed:g} {kind}s ({_stages(resources)}), there are "
+                f"{there:g}; lower resources.generate or resources.preprocess, or run on a larger "
                 "cluster with --address"
             )
 

@@ -5,6 +5,7 @@ one output: whatever it publishes appears whole or not at all, and never replace
 This module knows nothing of samples, Parquet or Ray.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -22,6 +23,11 @@ from schemas.errors import SpecError
 from schemas.job import StorageSpec
 
 GLOB_CHARACTERS = frozenset("*?[")
+FEW_NAMES = 8
+"""More names than these in one brace range are looked up in a listing of their folder."""
+
+Info = Mapping[str, Any]
+"""What fsspec says of a file: `name`, `type`, `size` and whatever the store adds."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def store_errors() -> tuple[type[Exception], ...]:
     return (OSError, *(getattr(sys.modules[m], name) for m, name in foreign if m in sys.modules))
 
 
-def identity_of(info: Mapping[str, Any]) -> str:
+def identity_of(info: Info) -> str:
     """The etag where a listing tells it, else size and modification time."""
     if etag := info.get("ETag") or info.get("etag"):
         return str(etag).strip('"')
@@ -92,8 +98,10 @@ def list_files(
     """
     found: dict[str, StoredFile] = {}
     for path in paths:
-        for single in _expand_braces(path):
-            for file in _list_path(single, storage, suffixes=suffixes):
+        singles = _expand_braces(path)
+        known = _infos_beside(singles, storage) if len(singles) > FEW_NAMES else {}
+        for single in singles:
+            for file in _list_path(single, storage, suffixes=suffixes, known=known):
                 found[file.uri] = file
     for uri in found:
         _refuse_odd_name(uri)
@@ -117,10 +125,24 @@ def _expand_braces(path: str) -> list[str]:
         raise SpecError(f"source.path {path!r}: unbalanced braces: {error}") from error
 
 
-def _list_path(path: str, storage: StorageSpec, *, suffixes: Collection[str]) -> list[StoredFile]:
+def _infos_beside(paths: Iterable[str], storage: StorageSpec) -> dict[str, Info]:
+    """What lies in the folders of these paths, by its name: a listing a folder, not one a file."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    infos: dict[str, Info] = {}
+    for folder in folders - {""}:
+        fs, inner = filesystem(folder, storage)
+        # Where a folder cannot be listed, its files are asked for one by one, and errors told.
+        with contextlib.suppress(*store_errors()):
+            infos.update((info["name"], info) for info in fs.ls(inner, detail=True))
+    return infos
+
+
+def _list_path(
+    path: str, storage: StorageSpec, *, suffixes: Collection[str], known: Mapping[str, Info]
+) -> list[StoredFile]:
     fs, inner = filesystem(path, storage)
     try:
-        infos = _infos(fs, inner, suffixes=suffixes)
+        infos = _infos(fs, inner, suffixes=suffixes, known=known)
     except FileNotFoundError as error:
         raise SpecError(
             f"source.path {path!r} does not exist; check the spelling and the store"
@@ -141,12 +163,16 @@ def _list_path(path: str, storage: StorageSpec, *, suffixes: Collection[str]) ->
 
 
 def _infos(
-    fs: fsspec.AbstractFileSystem, path: str, *, suffixes: Collection[str]
-) -> list[Mapping[str, Any]]:
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    *,
+    suffixes: Collection[str],
+    known: Mapping[str, Info],
+) -> list[Info]:
     if GLOB_CHARACTERS & set(path) and not fs.exists(path):
         matches = fs.glob(path, detail=True)
         return [info for info in matches.values() if info["type"] == "file"]
-    info = fs.info(path)
+    info = known.get(path) or fs.info(path)
     if info["type"] != "directory":
         return [info]
     below = fs.find(path, detail=True)
@@ -171,7 +197,7 @@ class Output:
         try:
             self.publish(probe, b"")
             self.remove(probe)
-        except OSError as error:
+        except store_errors() as error:
             raise SpecError(
                 f"output.path {self.uri!r} cannot be written ({error}); "
                 "check the path, its permissions and the credentials"

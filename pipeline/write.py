@@ -68,9 +68,9 @@ def coverage_of(rows: Iterable[Row]) -> tuple[ShardCoverage, ...]:
     for row in rows:
         shard = (row["source_uri"], row["shard_identity"])
         answers = places[shard]
-        if row["source_index"] is None:
+        if row["rows_total"] is not None:
             totals[shard] = row["rows_total"]
-        else:
+        if row["source_index"] is not None:
             answers[row["source_index"]].append(row)
     return tuple(
         ShardCoverage(

@@ -3,6 +3,7 @@
     LavaflowError
     ├── SpecError                 bad usage or a bad spec: raised before Ray starts, exit status 2
     ├── JobError                  the job cannot go on: exit status 1
+    │   └── StoreUnavailable      a store failed while a shard was read: what is left is read again
     └── RowError                  becomes one failed row, never the end of a job
         ├── ReadError             stage `read`
         │   ├── ShardUnreadable       the shard breaks off: nothing after this row can be read
@@ -40,6 +41,10 @@ class SpecError(LavaflowError):
 
 class JobError(LavaflowError):
     """The job cannot go on; what was committed stays and the same command resumes it."""
+
+
+class StoreUnavailable(JobError):
+    """A store failed while a shard was read. Nothing is known of the rows that are left."""
 
 
 class RowError(LavaflowError):

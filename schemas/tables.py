@@ -6,8 +6,9 @@
     answers    the table of the user: ANSWERED without its bookkeeping
 
 A shard's last row is followed by an end mark: a row whose `rows_total` is set, whose
-`source_index` is null and which holds nothing else. It travels through the stages untouched, so
-that the part that carries it can say how long the shard is. Source columns that are kept travel
+`source_index` is null and which holds nothing else; where the length is known beforehand (a file of
+one image), the rows themselves carry it. It travels through the stages untouched, so that the part
+that carries it can say how long the shard is. Source columns that are kept travel
 as `keep.NAME`, so that no name can collide with a column of ours.
 """
 

@@ -32,12 +32,12 @@ def test_one_actor_on_cpus_computes_on_all_of_them() -> None:
 def test_a_spec_that_asks_for_more_than_there_is_names_the_figures_and_the_remedy() -> None:
     spec = ResourcesSpec.model_validate({"generate": {"actors": 3, "cpus": 2}})
     cluster = {"CPU": 2.0}
-    with pytest.raises(SpecError, match=r"generate 3 x 2 CPU.*this machine has 2; lower"):
+    with pytest.raises(SpecError, match=r"generate 3 x 2 CPU.*there are 2; lower"):
         check_fits(resolve_resources(spec, cluster), cluster)
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
     spec = ResourcesSpec.model_validate({"generate": {"gpus": 1}})
     cluster = {"CPU": 8.0}
-    with pytest.raises(SpecError, match=r"needs 1 GPUs.*has 0"):
+    with pytest.raises(SpecError, match=r"needs 1 GPUs.*there are 0"):
         check_fits(resolve_resources(spec, cluster), cluster)

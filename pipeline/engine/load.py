@@ -47,11 +47,16 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
         raise SpecError(
             f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
         )
-    _check_vocabulary(processor, load_config(spec), name=spec.path)
+    _check_fits_model(processor, load_config(spec), name=spec.path)
     return processor
 
 
-def _check_vocabulary(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
+def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
+    if processor.patch_size is None:
+        raise SpecError(
+            f"model {name}: processor_config.json has no patch_size; set it to "
+            f"{config.vision_config.patch_size}, as vision_config of config.json has it"
+        )
     if processor.image_token_id != config.image_token_id:
         raise SpecError(
             f"model {name}: the processor's image token {processor.image_token!r} is "

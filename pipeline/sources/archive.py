@@ -15,11 +15,20 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from pipeline.storage import filesystem, store_errors
-from schemas.errors import ShardUnreadable
+from schemas.errors import ShardUnreadable, StoreUnavailable
 from schemas.job import StorageSpec
 
 GZIP_MAGIC = b"\x1f\x8b"
 BUFFER_BYTES = 2**20
+BROKEN_OR_FORBIDDEN = (
+    gzip.BadGzipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    PermissionError,
+)
+"""What no second try would mend. Caught before a store's errors: some of these are OSErrors."""
 
 # Not in the type stubs: what tarfile raises at the end mark, and where no byte is left.
 _END_MARK: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
@@ -59,7 +68,7 @@ class Archive:
 
     def read(self, member: tarfile.TarInfo) -> bytes:
         """The content of the latest member, whole."""
-        data = bytes(self._tar.extractfile(member).read())
+        data: bytes = self._tar.extractfile(member).read()
         if len(data) < member.size:
             raise tarfile.ReadError(f"{member.name!a} has {len(data)} of its {member.size} bytes")
         return data
@@ -74,8 +83,8 @@ class Archive:
 def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
     """The archive at `uri`, whatever its compression (none, gzip, bzip2, xz).
 
-    Raises ShardUnreadable where it cannot be opened and, from inside the `with` block, where it
-    cannot be read to its end.
+    Raises, from inside the `with` block too, ShardUnreadable where the archive is broken, gone or
+    forbidden, and StoreUnavailable where the store fails.
     """
     archive: Archive | None = None
     try:
@@ -87,9 +96,11 @@ def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
                 yield archive
     except FileNotFoundError as error:
         raise ShardUnreadable(f"{uri}: the file is gone since it was listed") from error
-    except _reading_errors() as error:
+    except BROKEN_OR_FORBIDDEN as error:
         place = f"at or after byte {archive.offset}" if archive else "at its start"
         raise ShardUnreadable(f"{uri}: the archive breaks off {place}: {error}") from error
+    except store_errors() as error:
+        raise StoreUnavailable(f"{uri}: the store failed while it was read: {error}") from error
 
 
 def _decompressed(file: Any) -> io.BufferedIOBase:
@@ -98,7 +109,3 @@ def _decompressed(file: Any) -> io.BufferedIOBase:
     if stream.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC:
         return gzip.GzipFile(fileobj=stream, mode="rb")
     return stream
-
-
-def _reading_errors() -> tuple[type[Exception], ...]:
-    return (*store_errors(), tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)

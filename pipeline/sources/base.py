@@ -89,5 +89,5 @@ class Source(Protocol):
 
         Skipped samples are passed over without being read where the format allows it. A shard
         that breaks off ends with one sample whose `error` is ShardUnreadable. Never raises for
-        what the shard holds.
+        what the shard holds; raises StoreUnavailable where the store fails.
         """

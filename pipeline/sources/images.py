@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.coverage import Ranges
 from pipeline.sources.base import IMAGE_SUFFIXES, KEY, Sample, Shard
 from pipeline.storage import filesystem, list_files, store_errors, uri_of
-from schemas.errors import ShardUnreadable, SpecError
+from schemas.errors import ShardUnreadable, SpecError, StoreUnavailable
 from schemas.job import ColumnsSpec, SourceSpec
 
 PATTERN_CHARACTERS = "*?[{"
@@ -47,9 +47,11 @@ class Images:
         try:
             fs, path = filesystem(shard.uri, self.spec.storage)
             image = bytes(fs.cat_file(path))
-        except store_errors() as error:
+        except (FileNotFoundError, PermissionError) as error:
             reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
             return Sample(0, name, error=ShardUnreadable(f"{shard.uri}: cannot be read: {reason}"))
+        except store_errors() as error:
+            raise StoreUnavailable(f"{shard.uri}: the store failed: {error}") from error
         keep = {column: json.dumps(name, ensure_ascii=False) for column in self.spec.keep}
         return Sample(0, name, image=image, keep=keep)
 
