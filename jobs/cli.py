@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.exits import Status, StatusGroup
+from jobs.exits import Status, StatusGroup, print_result
 
 if TYPE_CHECKING:
     from schemas.job import JobSpec
@@ -101,7 +101,7 @@ def caption(source: str, prompt: str | None, **options: Any) -> None:
     """Caption the images in SRC: a folder, a glob, tar shards, or a URL of them."""
     from jobs.quick import CAPTION_PROMPT, caption_ask
 
-    _run_quick(source, caption_ask(prompt or CAPTION_PROMPT), options)
+    _run_quick(source, caption_ask(CAPTION_PROMPT if prompt is None else prompt), options)
 
 
 @main.command()
@@ -141,7 +141,7 @@ def verify(ctx: click.Context, output: str, spec: str | None) -> None:
 
     job = with_output(load_spec(spec), output) if spec else recorded_spec(output)
     report = verify_job(job)
-    click.echo(json.dumps(report.to_json(), indent=2))
+    print_result(json.dumps(report.to_json(), indent=2))
     if not report.ok:
         ctx.exit(Status.FAILED)
 
@@ -153,11 +153,11 @@ def describe_spec(schema: bool) -> None:
     if schema:
         from jobs.load import json_schema
 
-        click.echo(json_schema())
+        print_result(json_schema())
     else:
         from jobs.reference import reference_page
 
-        click.echo(reference_page(), nl=False)
+        print_result(reference_page(), nl=False)
 
 
 @main.command()
@@ -176,7 +176,7 @@ def submit(
     job = load_spec(spec, overrides)
     cluster = Cluster(address)
     job_id = cluster.submit(job)
-    click.echo(json.dumps({"id": job_id, "name": job.name}) if as_json else job_id)
+    print_result(json.dumps({"id": job_id, "name": job.name}) if as_json else job_id)
     if not wait:
         return
     over = cluster.wait(job_id)
@@ -195,11 +195,11 @@ def status(job_id: str, address: str | None, as_json: bool) -> None:
 
     found = Cluster(address).status(job_id)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        print_result(json.dumps(found.to_json()))
         return
-    click.echo(f"{found.id} {found.status}" + (f" ({found.name})" if found.name else ""))
+    print_result(f"{found.id} {found.status}" + (f" ({found.name})" if found.name else ""))
     if found.message:
-        click.echo(found.message.strip())
+        print_result(found.message.strip())
 
 
 @main.command()
@@ -212,7 +212,7 @@ def logs(job_id: str, follow: bool, address: str | None) -> None:
 
     cluster = Cluster(address)
     for text in cluster.follow(job_id) if follow else [cluster.logs(job_id)]:
-        click.echo(text, nl=False)
+        print_result(text, nl=False)
 
 
 @main.command()
@@ -225,9 +225,9 @@ def stop(job_id: str, address: str | None, as_json: bool) -> None:
 
     stopped = Cluster(address).stop(job_id)
     if as_json:
-        click.echo(json.dumps({"id": job_id, "stopped": stopped}))
+        print_result(json.dumps({"id": job_id, "stopped": stopped}))
     else:
-        click.echo(f"{job_id} {'is stopping' if stopped else 'was not running'}")
+        print_result(f"{job_id} {'is stopping' if stopped else 'was not running'}")
 
 
 def _run_quick(source: str, asks: list[dict[str, str]], options: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ def _run_quick(source: str, asks: list[dict[str, str]], options: dict[str, Any])
     )
     job = build_spec(data, options["overrides"], origin="command line")
     if options["print_spec"]:
-        click.echo(dump_spec(job), nl=False)
+        print_result(dump_spec(job), nl=False)
     else:
         _run(job, address=options["address"], as_json=options["as_json"])
 
@@ -260,11 +260,11 @@ def _run(
 
     result = run_job(job, address=address, console=Console(stderr=True))
     if as_json:
-        click.echo(json.dumps(result.record, indent=2))
+        print_result(json.dumps(result.record, indent=2))
     else:
-        click.echo(summary(result.record), nl=False)
+        print_result(summary(result.record), nl=False)
         if closing:
-            click.echo(closing(job), nl=False)
+            print_result(closing(job), nl=False)
     if result.too_many_failed:
         click.get_current_context().exit(Status.TOO_MANY_FAILED)
 

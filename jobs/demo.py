@@ -12,7 +12,8 @@ import pyarrow.dataset as ds
 from jobs.load import build_spec
 from jobs.quick import CAPTION_PROMPT
 from pipeline.embedded import SAMPLES
-from pipeline.storage import filesystem
+from pipeline.parts import ANSWERS, SUFFIX
+from pipeline.storage import Output
 from schemas.job import EMBEDDED, JobSpec
 
 IMAGES_SHOWN = 5
@@ -38,8 +39,9 @@ def demo_spec(output: str) -> JobSpec:
 
 def showcase(job: JobSpec) -> str:
     """A few images of the answer table, each as it was drawn and as the model sees it."""
-    fs, path = filesystem(job.output.path, job.output.storage)
-    table = ds.dataset(f"{path}/answers", filesystem=fs, format="parquet").to_table()
+    output = Output(job.output.path, job.output.storage)
+    parts = [f"{output.root}/{name}" for name in output.names(ANSWERS, suffix=SUFFIX)]
+    table = ds.dataset(parts, filesystem=output.fs, format="parquet").to_table()
     rows = table.sort_by([("source_uri", "ascending"), ("source_index", "ascending")]).to_pylist()
     images = [list(group) for _, group in groupby(rows, key=_place)]
     # Evenly spread, so that not every image shown is from the first shard.

@@ -1,7 +1,7 @@
 """How a command ends: the one place where exceptions become exit statuses.
 
     0    complete
-    1    the job failed (JobError), or `verify` found a fault
+    1    the job failed (JobError), `verify` found a fault, or the result could not be written
     2    bad usage or spec (SpecError, click's UsageError)
     3    complete, but more rows failed than `max_failed_fraction`
     130  interrupted (Ctrl-C), 143 terminated (SIGTERM)
@@ -9,6 +9,7 @@
 An error is one message on stderr; only what nobody foresaw keeps its traceback.
 """
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 
 import click
 
-from schemas.errors import LavaflowError, SpecError
+from schemas.errors import JobError, LavaflowError, SpecError
 
 
 class Status(IntEnum):
@@ -37,6 +38,19 @@ class Terminated(BaseException):
 def terminate(signum: int, frame: FrameType | None) -> None:
     """Signal handler for SIGTERM. `ray.init` puts its own in its place: set it again after that."""
     raise Terminated
+
+
+def print_result(text: str, *, nl: bool = True) -> None:
+    """Write to stdout. Raises JobError where that fails; a closed pipe is left to click."""
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in its buffer would fail once more when Python ends.
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        raise JobError(f"cannot write the result: {error}") from error
 
 
 class StatusGroup(click.Group):

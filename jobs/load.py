@@ -6,6 +6,7 @@ Precedence: defaults, then the file, then `--set`. Knows nothing of Ray, and ope
 import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def build_spec(data: dict[str, Any], overrides: Sequence[str] = (), *, origin: s
     """
     data = override(data, overrides)
     try:
+        _refuse_odd_text(data, key="", origin=origin)
         # JSON is where pydantic's strict mode takes lists for tuples and nothing else for granted.
         job = JobSpec.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -41,6 +43,23 @@ def build_spec(data: dict[str, Any], overrides: Sequence[str] = (), *, origin: s
     except (TypeError, ValueError, RecursionError) as error:
         raise SpecError(f"{origin}: holds a value that no key takes: {error}") from error
     return _with_absolute_paths(job)
+
+
+def _refuse_odd_text(value: Any, *, key: str, origin: str) -> None:
+    """Raises SpecError for text that holds half a character: UTF-8 and Arrow have no room for it."""
+    if isinstance(value, str) and not _is_unicode(value):
+        raise SpecError(f"{origin}: {key}: {value!a:.60} is not valid Unicode text")
+    inside = value.items() if isinstance(value, dict) else ()
+    for name, each in enumerate(value) if isinstance(value, list) else inside:
+        _refuse_odd_text(each, key=f"{key}.{name}" if key else str(name), origin=origin)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _told(lines: Sequence[str], *, origin: str) -> str:
@@ -52,10 +71,11 @@ def _told(lines: Sequence[str], *, origin: str) -> str:
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises SpecError."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        # os.path leaves the `~` of an unknown user as it is, pathlib raises.
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise SpecError(f"{path}: there is no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     try:
         data = yaml12.load(text)
@@ -97,7 +117,7 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any, *, text: str) ->
             inside[slot] = value
             return
         if inside[slot] is None:
-            inside[slot] = [] if keys[depth + 1].isdigit() else {}
+            inside[slot] = [] if _is_index(keys[depth + 1]) else {}
         inside = inside[slot]
 
 
@@ -108,7 +128,7 @@ def _slot(inside: Any, part: str, *, text: str, key: str) -> str | int:
         return part
     if not isinstance(inside, list):
         raise SpecError(f"--set {text!r}: {key} is {inside!r:.60}, which has no {part!r} in it")
-    if not part.isdigit() or int(part) > len(inside):
+    if not _is_index(part) or int(part) > len(inside):
         raise SpecError(
             f"--set {text!r}: {key} is a list of {len(inside)}; write {key}.N with N from 0, "
             f"{len(inside)} to add an entry"
@@ -116,6 +136,11 @@ def _slot(inside: Any, part: str, *, text: str, key: str) -> str | int:
     if int(part) == len(inside):
         inside.append(None)
     return int(part)
+
+
+def _is_index(part: str) -> bool:
+    """`str.isdigit` would also take `²`, and more digits than `int` does."""
+    return re.fullmatch("[0-9]{1,9}", part) is not None
 
 
 def _with_absolute_paths(job: JobSpec) -> JobSpec:
@@ -132,14 +157,24 @@ def _with_absolute_paths(job: JobSpec) -> JobSpec:
 
 def absolute(path: str) -> str:
     """A local path made absolute against the current folder, `~` expanded; a URL as it is."""
-    if "://" in path or "::" in path:
+    if "://" in path or _is_chain(path):
         return path
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _is_chain(path: str) -> bool:
+    """Whether this is a chain of fsspec, such as `simplecache::a.tar`, not a name with `::`."""
+    if "::" not in path:
+        return False
+    # Imported here: few paths ask for it.
+    from fsspec import available_protocols
+
+    return not set(available_protocols()).isdisjoint(path.split("::"))
+
+
 def _model_path(path: str) -> str:
     """A hub id looks like a relative path: only what is a local folder, or says so, is one."""
-    is_local = path.startswith(("./", "../", "~")) or Path(path).is_dir()
+    is_local = path.startswith(("./", "../", "~")) or os.path.isdir(path)
     return absolute(path) if is_local and path != EMBEDDED else path
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
-from schemas.job import JobSpec
+from schemas.job import ROW_QUESTIONS, JobSpec
 
 MAX_VALUE_CHARACTERS = 60
 
@@ -69,18 +69,26 @@ def _say(place: Place, found: Mapping[str, Any]) -> str:
         return str(found["ctx"]["error"])
     if kind in _WORDING:
         return f"{_short(value)} should be {_WORDING[kind]}"
-    message = str(found["msg"]).replace("Input should", "should", 1)
+    message = str(found["msg"])
+    if "should" in (words := message.split(" ", 2)):
+        # After what pydantic calls the value: "Input should", "String should".
+        message = " ".join(words[words.index("should") :])
     return f"{_short(value)} {message[:1].lower()}{message[1:]}{_closest(value, found)}"
 
 
 def _closest(value: Any, found: Mapping[str, Any]) -> str:
-    expected = str(found.get("ctx", {}).get("expected", "")).replace(" or ", ", ").split(", ")
+    if "expected" not in (context := found.get("ctx", {})):
+        return ""
+    expected = str(context["expected"]).replace(" or ", ", ").split(", ")
     close = get_close_matches(str(value), [text.strip("'") for text in expected], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _remedy(place: Place) -> str:
     name = place.key.rpartition(".")[2]
+    if name in place.siblings:
+        # Known to the other kind of `ask`, the only key with two kinds of mapping.
+        return f"{{from: {ROW_QUESTIONS}}} takes no {name}"
     if close := get_close_matches(name, place.siblings, n=1):
         return f"did you mean {close[0]}?"
     if elsewhere := [key for key in every_key() if key.rpartition(".")[2] == name]:

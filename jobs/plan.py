@@ -13,11 +13,12 @@ from pipeline.commit import AnswerTable
 from pipeline.engine.checkpoint import check_model, open_checkpoint
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
+from pipeline.prompt import IMAGE_TOKEN
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
 from schemas.errors import SpecError
-from schemas.job import AskRow, JobSpec
+from schemas.job import AskPrompt, AskRow, JobSpec
 from schemas.tables import RESERVED_COLUMNS
 
 
@@ -50,6 +51,7 @@ def plan(job: JobSpec) -> Plan:
     source = open_source(job.source)
     shards = source.list()
     check_model(job.model)
+    _check_prompts(job)
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
@@ -57,6 +59,28 @@ def plan(job: JobSpec) -> Plan:
     table.output.prepare()
     table.open(shards)
     return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, table=table)
+
+
+def _check_prompts(job: JobSpec) -> None:
+    """Refuse what would fail in every row: an image mark in a text, or too long an answer."""
+    checkpoint = open_checkpoint(job.model)
+    texts = {"model.system_prompt": job.model.system_prompt or ""}
+    for number, ask in enumerate(job.ask):
+        if isinstance(ask, AskPrompt):
+            texts[f"ask.{number}.prompt"] = ask.prompt
+    for key, text in texts.items():
+        if IMAGE_TOKEN in text:
+            raise SpecError(
+                f"{key}: {text!r} holds {IMAGE_TOKEN}; leave it out: the image is put where the "
+                "model's format wants it"
+            )
+    context = checkpoint.config.get("text_config", {}).get("max_position_embeddings")
+    longest = max(job.max_new_tokens(ask) for ask in job.ask)
+    if context is not None and longest >= context:
+        raise SpecError(
+            f"max_new_tokens: {longest} is no less than the context of {job.model.path}, {context} "
+            "tokens, which holds the prompt as well; lower it"
+        )
 
 
 def _pinned(job: JobSpec) -> JobSpec:

@@ -17,7 +17,7 @@ LOG_INTERVAL_S = 5.0
 
 
 @dataclass
-class Tally:
+class Pace:
     """What has been answered since the start of this run, and how many shards are done of how many.
 
     `shards_done` counts those that earlier runs completed, too.
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 class Display(Protocol):
-    """Where a tally is shown."""
+    """Where the pace of a run is shown."""
 
     def start(self, line: Callable[[], str]) -> None: ...
     def update(self, line: Callable[[], str]) -> None: ...
@@ -131,13 +131,13 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        self.tally = Tally()
+        self.pace = Pace()
         self._display: Display = LiveLine(console) if console.is_terminal else LogLines(console)
         self._is_shown = False
 
     def start(self, shards_total: int, shards_done: int = 0) -> None:
         """`shards_done`: the shards that earlier runs completed."""
-        self.tally = Tally(
+        self.pace = Pace(
             shards_total=shards_total, shards_done=shards_done, shards_done_before=shards_done
         )
         self._is_shown = True
@@ -147,10 +147,10 @@ class Progress:
         self, *, ok: int = 0, failed: int = 0, skipped: int = 0, shards_done: int = 0
     ) -> None:
         """Add what has been answered, and the shards completed, since the last call."""
-        self.tally.ok += ok
-        self.tally.failed += failed
-        self.tally.skipped += skipped
-        self.tally.shards_done += shards_done
+        self.pace.ok += ok
+        self.pace.failed += failed
+        self.pace.skipped += skipped
+        self.pace.shards_done += shards_done
         self._display.update(self._line)
 
     def stop(self) -> None:
@@ -160,7 +160,7 @@ class Progress:
             self._display.stop(self._line)
 
     def _line(self) -> str:
-        return self.tally.line(time.monotonic())
+        return self.pace.line(time.monotonic())
 
     def __enter__(self) -> Self:
         return self

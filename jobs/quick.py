@@ -3,8 +3,10 @@
 Knows names, not stores: the format is guessed from the path, and from local folders only.
 """
 
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from schemas.errors import SpecError
 from schemas.job import ROW_QUESTIONS
 
 CAPTION_PROMPT = "Describe the image."
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_ID_CHARACTERS = 60
 
 
@@ -43,17 +44,23 @@ def caption_ask(prompt: str) -> list[dict[str, str]]:
 
 def question_asks(questions: Sequence[str]) -> list[dict[str, str]]:
     """An entry of `ask` for each question. Its id comes from its words, so that the next run with
-    one question more, in any order, asks only that one."""
-    asks: dict[str, str] = {}
-    for question in questions:
-        stem = "-".join(re.findall(r"\w+", question.lower()))[:MAX_ID_CHARACTERS].strip("-")
-        stem = "question" if stem in {"", ROW_QUESTIONS} else stem
-        number, name = 1, stem
-        while name in asks and asks[name] != question:
-            number += 1
-            name = f"{stem}-{number}"
-        asks[name] = question
-    return [{"id": name, "prompt": question} for name, question in asks.items()]
+    one question more, in any order, asks only that one; where words are shared, a hash tells the
+    questions apart."""
+    stems = {question: _stem(question) for question in questions}
+    sharing = Counter(stems.values())
+    return [
+        {"id": stem if sharing[stem] == 1 else f"{stem}-{_hash(question)}", "prompt": question}
+        for question, stem in stems.items()
+    ]
+
+
+def _stem(question: str) -> str:
+    stem = "-".join(re.findall(r"\w+", question.lower()))[:MAX_ID_CHARACTERS].strip("-")
+    return "question" if stem in {"", ROW_QUESTIONS} else stem
+
+
+def _hash(question: str) -> str:
+    return hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest()[:6]
 
 
 def guess_format(source: str) -> str:
@@ -61,11 +68,12 @@ def guess_format(source: str) -> str:
 
     Raises SpecError where a name does not tell.
     """
-    folder = Path(absolute(source))
-    if folder.is_dir():
+    folder = absolute(source)
+    # os.path takes a name that is too long for one that is not there, pathlib raises.
+    if os.path.isdir(folder):
         return "webdataset" if _holds_tars(folder) else "images"
     name = _first_name(source)
-    if name.endswith(TAR_SUFFIXES):
+    if _is_tar(name):
         return "webdataset"
     if Path(name).suffix:
         return "images"
@@ -87,8 +95,16 @@ def _first_name(source: str) -> str:
         return Path(source).name.lower()
 
 
-def _holds_tars(folder: Path) -> bool:
+def _holds_tars(folder: str) -> bool:
     for _, _, files in os.walk(folder):
         if files:
-            return any(file.lower().endswith(TAR_SUFFIXES) for file in files)
+            return any(map(_is_tar, files))
     return False
+
+
+def _is_tar(name: str) -> bool:
+    # Imported here: pyarrow and fsspec, which a spec whose format is given does not need.
+    from pipeline.sources.webdataset import SHARD_SUFFIXES
+    from pipeline.storage import has_suffix
+
+    return has_suffix(name, SHARD_SUFFIXES)

@@ -19,23 +19,68 @@ from typing import Any
 from jobs.load import absolute, build_spec
 from jobs.progress import duration
 from schemas.errors import SpecError
-from schemas.job import JobSpec
+from schemas.job import Ask, JobSpec, StorageSpec
 
 RUNS = "runs"
 
 
 def recorded_spec(output: str) -> JobSpec:
-    """The spec of the newest run into `output`. Raises SpecError where there is none."""
-    # Imported here: pyarrow and fsspec, which a summary does not need.
-    from pipeline.storage import Output
-    from schemas.job import StorageSpec
+    """The spec of the newest run into `output`, with what only earlier runs have asked.
 
-    folder = Output(absolute(output), StorageSpec())
-    names = folder.names(RUNS, suffix=".json")
-    if not names:
-        raise SpecError(f"{output}: holds no run record ({RUNS}/*.json); name the spec with --spec")
-    record = json.loads(folder.read(names[-1]))
-    return with_output(build_spec(record["spec"], origin=f"{output}/{names[-1]}"), output)
+    Raises SpecError where no record tells it.
+    """
+    records = _read_records(output)
+    jobs = [
+        build_spec(spec, origin=f"{output}/{name}")
+        for name, data in reversed(records.items())
+        if (spec := _spec_in(data)) is not None
+    ]
+    if not jobs:
+        found = f"none of {', '.join(records)} holds a spec" if records else "holds no run record"
+        raise SpecError(f"{output}: {found} ({RUNS}/*.json); {_remedy(output)}")
+    return with_output(jobs[0].model_copy(update={"ask": _asked(*jobs)}), output)
+
+
+def _read_records(output: str) -> dict[str, bytes]:
+    """The files of run records by name, oldest first."""
+    # Imported here: pyarrow and fsspec, which a summary does not need.
+    from pipeline.storage import Output, store_errors
+
+    try:
+        folder = Output(absolute(output), StorageSpec())
+        return {name: folder.read(name) for name in folder.names(RUNS, suffix=".json")}
+    except (*store_errors(), ValueError) as error:
+        raise SpecError(
+            f"{output}: cannot be read ({error}); check the path and the credentials, or "
+            f"{_remedy(output)}"
+        ) from error
+
+
+def _remedy(output: str) -> str:
+    is_s3 = output.startswith(("s3://", "s3a://"))
+    endpoint = ", or the server in AWS_ENDPOINT_URL where it is not Amazon's" if is_s3 else ""
+    return f"name the spec with --spec{endpoint}"
+
+
+def _spec_in(data: bytes) -> dict[str, Any] | None:
+    """The spec of a record; null for a file that is none, or was cut off."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    spec = record.get("spec") if isinstance(record, dict) else None
+    return spec if isinstance(spec, dict) else None
+
+
+def _asked(newest: JobSpec, *earlier: JobSpec) -> tuple[Ask, ...]:
+    """The questions of all jobs. One output has one question to an id: fingerprints see to it."""
+    asks: dict[str, Ask] = dict(zip(newest.units, newest.ask, strict=True))
+    for job in earlier:
+        for unit, ask in zip(job.units, job.ask, strict=True):
+            # The newest job's default is not that of the job that asked.
+            pinned = ask.model_copy(update={"max_new_tokens": job.max_new_tokens(ask)})
+            asks.setdefault(unit, pinned)
+    return tuple(asks.values())
 
 
 def with_output(job: JobSpec, output: str) -> JobSpec:

@@ -84,8 +84,11 @@ class _Run:
     def answer(self, address: str | None) -> None:
         if not (work := self.plan.work()):
             return
+        self.record(ended="running")
         if warning := warning_of(self.plan.job, work):
-            self.console.print(warning, style="bold yellow", soft_wrap=True, highlight=False)
+            self.console.print(
+                warning, style="bold yellow", soft_wrap=True, highlight=False, markup=False
+            )
         self._say(f"{len(work):,} of {len(self.plan.shards):,} shards to answer; starting Ray")
         # Imported here: a run with nothing to do should not wait for ray.
         from pipeline import flow

@@ -71,7 +71,11 @@ for _tag, _pattern, _first in _CORE:
 
 def load(text: str) -> Any:
     """The value that the text says. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=Loader)
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets these through for tags that do not fit, endless digits and deep nesting.
+        raise yaml.YAMLError(f"holds a value that cannot be read: {error}") from error
 
 
 def dump(value: Any) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.decode import decode
 from pipeline.engine.load import load_config, load_processor
-from pipeline.engine.pixels import pixel_table, resized
+from pipeline.engine.pixels import check_aspect, pixel_table, resized
 from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
 from pipeline.sources.base import Turn
 from schemas.errors import (
@@ -70,16 +70,19 @@ class Encode:
         if data is not None:
             row["image_sha256"] = hashlib.sha256(data).hexdigest()
         row["prompts"] = self._asked(sample)
-        waiting = [entry for entry in row["prompts"] if entry["status"] is None]
-        if not waiting:
-            return row
-        try:
-            image = decode(data or b"", max_pixels=self._job.source.max_image_pixels)
-        except DecodeError as error:
-            for entry in waiting:
-                _fail(entry, error_of(error))
-            return row
-        row["image_width"], row["image_height"] = image.size
+        if waiting := _waiting(row["prompts"]):
+            try:
+                row |= self._encoded(data or b"", waiting, sample)
+            except DecodeError as error:
+                for entry in _waiting(waiting):
+                    _fail(entry, error_of(error))
+        return row
+
+    def _encoded(self, data: bytes, waiting: list[Entry], sample: dict[str, Any]) -> dict[str, Any]:
+        """The row's image columns; fills in the prompts that wait. Raises DecodeError."""
+        limit = self._job.source.max_image_pixels
+        image = decode(data, max_pixels=limit)
+        columns: dict[str, Any] = {"image_width": image.width, "image_height": image.height}
         earlier = [Turn(t["role"], t["content"]) for t in sample["conversation"] or ()]
         for entry in waiting:
             try:
@@ -87,10 +90,11 @@ class Encode:
                 entry["token_ids"] = self._tokenise(entry["prompt"], entry["max_new_tokens"])
             except PromptError as error:
                 _fail(entry, error_of(error))
-        if any(entry["status"] is None for entry in waiting):
+        if _waiting(waiting):
+            check_aspect(self._processor, image, max_pixels=limit)
             pixels = resized(self._processor, image)
-            row["pixels"], row["pixels_shape"] = pixels.tobytes(), list(pixels.shape)
-        return row
+            columns |= {"pixels": pixels.tobytes(), "pixels_shape": list(pixels.shape)}
+        return columns
 
     def _asked(self, sample: dict[str, Any]) -> list[Entry]:
         """An entry for each question that the row's wanted units call for; never none."""
@@ -174,6 +178,11 @@ def _entry(id: str | None = None, question: str | None = None, longest: int | No
         "status": None,
         "error": None,
     }
+
+
+def _waiting(entries: list[Entry]) -> list[Entry]:
+    """Those that the model is still to answer."""
+    return [entry for entry in entries if entry["status"] is None]
 
 
 def _fail(entry: Entry, error: Mapping[str, str] | None) -> Entry:

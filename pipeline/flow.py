@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,7 @@ from pipeline.write import write_part
 from schemas.errors import JobError, LavaflowError
 from schemas.job import JobSpec
 
-LOST_ACTORS = 5
-"""How often a batch is tried again because its actor died; Ray's own choice is for ever, which a
-batch that kills its actor would use."""
+CONNECT_TIMEOUT_S = 5.0
 FILES_PER_TASK = 64
 """Shards of a single row (image files) that one read task takes; other shards get a task each."""
 
@@ -65,7 +64,6 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
                 min_size=r.preprocess_actors[0], max_size=r.preprocess_actors[1]
             ),
             num_cpus=r.preprocess_cpus,
-            max_task_retries=LOST_ACTORS,
         )
         .map_batches(
             Stage,
@@ -79,7 +77,6 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
             compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
             num_cpus=r.generate_cpus,
             num_gpus=r.generate_gpus,
-            max_task_retries=LOST_ACTORS,
         )
         .map_batches(
             write_part,
@@ -156,6 +153,7 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
         _quiet()
         yield ray.cluster_resources()
         return
+    _check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's C++ side warns on stderr that a restarted actor may miss its constructor's arguments,
     # which the driver holds for as long as the job runs; and when told not to, says that, too.
@@ -174,6 +172,19 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself goes on trying a host that does not answer, for minutes and without a word."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(
+            f"cannot reach Ray at {address}: {error}; check --address and RAY_ADDRESS"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,16 +1,18 @@
 """Files in any store that fsspec reaches: listing a source, publishing into an output.
 
 `list_files` turns the paths of a spec into files with an identity each. `Output` is the folder of
-one output: whatever it publishes appears whole or not at all, and never replaces what is there.
+one output: whatever it writes appears whole or not at all, and replaces what is there only where
+that is asked for.
 This module knows nothing of samples, Parquet or Ray.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import sys
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +25,7 @@ from schemas.errors import SpecError
 from schemas.job import StorageSpec
 
 GLOB_CHARACTERS = frozenset("*?[")
+MOST_NAMES = 10_000_000
 FEW_NAMES = 8
 """More names than these in one brace range are looked up in a listing of their folder."""
 
@@ -54,9 +57,12 @@ def filesystem(url: str, storage: StorageSpec) -> tuple[fsspec.AbstractFileSyste
             "profile": storage.profile,
             "use_listings_cache": False,
         }
+    if url.startswith("/"):
+        # A local file's name may hold what fsspec takes for a chain of URLs.
+        return LocalFileSystem(), url
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise SpecError(f"{url}: cannot open this kind of URL: {error}") from error
     return fs, str(path)
 
@@ -120,9 +126,15 @@ def _refuse_odd_name(uri: str) -> None:
 
 def _expand_braces(path: str) -> list[str]:
     try:
-        return list(braceexpand(path, escape=False))
+        names = list(itertools.islice(braceexpand(path, escape=False), MOST_NAMES + 1))
     except ValueError as error:
         raise SpecError(f"source.path {path!r}: unbalanced braces: {error}") from error
+    if len(names) > MOST_NAMES:
+        raise SpecError(
+            f"source.path {path!r}: the brace range stands for more than {MOST_NAMES:,} names; "
+            "give a folder or a glob"
+        )
+    return names
 
 
 def _infos_beside(paths: Iterable[str], storage: StorageSpec) -> dict[str, Info]:
@@ -194,10 +206,11 @@ class Output:
     def prepare(self) -> None:
         """Make the folder and prove that it can be written; raises SpecError where it cannot."""
         probe = f".tmp/probe-{uuid.uuid4().hex}"
+        unusable: tuple[type[Exception], ...] = (*store_errors(), ValueError)
         try:
             self.publish(probe, b"")
             self.remove(probe)
-        except store_errors() as error:
+        except unusable as error:
             raise SpecError(
                 f"output.path {self.uri!r} cannot be written ({error}); "
                 "check the path, its permissions and the credentials"
@@ -222,22 +235,43 @@ class Output:
             raise
         return True
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Make `data` appear under `name`, in the place of what may be there.
+
+        At any moment a reader finds one of both, whole.
+        """
+        if not is_local(self.fs):
+            self.fs.pipe_file(self._path(name), data)
+            return
+        target = Path(self.root, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._aside(data) as aside:
+            aside.replace(target)
+        _sync_folder(target.parent)
+
     def _publish_local(self, target: Path, data: bytes) -> bool:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._aside(data) as aside:
+            try:
+                os.link(aside, target)
+            except FileExistsError:
+                return False
+        _sync_folder(target.parent)
+        return True
+
+    @contextlib.contextmanager
+    def _aside(self, data: bytes) -> Iterator[Path]:
+        """A synced file on the output's own file system, gone afterwards."""
         aside = Path(self.root, ".tmp", uuid.uuid4().hex)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(aside, target)
-        except FileExistsError:
-            return False
+            yield aside
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(target.parent)
-        return True
 
     def names(self, folder: str, *, suffix: str) -> list[str]:
         """The names of the files right in `folder`, sorted; none where there is no folder."""

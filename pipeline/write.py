@@ -120,16 +120,9 @@ def _answers(answered: pa.Table, *, keep: Mapping[str, pa.DataType], prompts: bo
 
 def _stage(answers: pa.Table, footer: Footer, *, output: Output) -> pa.Table:
     name = f"{STAGING}/{footer.key}{SUFFIX}"
-    data = part_bytes(answers, footer)
-    if not output.publish(name, data):
+    if not output.publish(name, part_bytes(answers, footer)):
         footer = _footer_there(output, name, ours=footer)
-    receipt = {
-        "part": name,
-        "bytes": len(data),
-        "rows": footer.tally.rows,
-        "footer": footer.to_bytes().decode(),
-    }
-    return table_of([receipt], RECEIPT)
+    return table_of([{"part": name, "footer": footer.to_bytes().decode()}], RECEIPT)
 
 
 def _footer_there(output: Output, name: str, *, ours: Footer) -> Footer:

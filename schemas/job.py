@@ -25,7 +25,9 @@ ROW_QUESTIONS = "questions"
 class Spec(BaseModel):
     """Base of every part of the spec: frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_by_name=True, allow_inf_nan=False
+    )
 
 
 class StorageSpec(Spec):
@@ -99,7 +101,10 @@ class AskPrompt(Spec):
     )
     prompt: str = Field(min_length=1, description="The question, as the model reads it.")
     max_new_tokens: int | None = Field(
-        None, gt=0, description="Longest answer in tokens; null takes generate.max_new_tokens."
+        None,
+        gt=0,
+        lt=2**31,
+        description="Longest answer in tokens; null takes generate.max_new_tokens.",
     )
 
     @field_validator("id")
@@ -115,7 +120,10 @@ class AskRow(Spec):
 
     from_: Literal["questions"] = Field(alias="from", description="Always `questions`.")
     max_new_tokens: int | None = Field(
-        None, gt=0, description="Longest answer in tokens; null takes generate.max_new_tokens."
+        None,
+        gt=0,
+        lt=2**31,
+        description="Longest answer in tokens; null takes generate.max_new_tokens.",
     )
 
 
@@ -157,7 +165,7 @@ class ModelSpec(Spec):
 class GenerateSpec(Spec):
     """How answers are decoded: greedily."""
 
-    max_new_tokens: int = Field(64, gt=0, description="Longest answer, in tokens.")
+    max_new_tokens: int = Field(64, gt=0, lt=2**31, description="Longest answer, in tokens.")
 
 
 class OutputSpec(Spec):
@@ -178,7 +186,7 @@ class PreprocessResources(Spec):
         None, description="Fewest and most actors; null: from the cluster's CPUs."
     )
     cpus: float | None = Field(
-        None, gt=0, description="Logical CPUs of one actor; null: 1, less on small machines."
+        None, ge=0.001, description="Logical CPUs of one actor; null: 1, less on small machines."
     )
 
     @field_validator("actors")
@@ -201,6 +209,14 @@ class GenerateResources(Spec):
     gpus: float | None = Field(
         None, ge=0, description="GPUs of one actor; null: 1 where the cluster has any, else 0."
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _gpus_are_whole_above_one(cls, gpus: float | None) -> float | None:
+        if gpus and gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g}: Ray shares one GPU or gives whole ones; round it")
+        return gpus
+
     batch_size: int = Field(16, gt=0, description="Images that are answered together.")
 
 

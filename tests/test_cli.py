@@ -8,13 +8,16 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
+from jobs.demo import demo_spec, showcase
 from jobs.exits import StatusGroup
 from jobs.records import recorded_spec, summary
 from schemas.errors import JobError, SpecError
@@ -167,6 +170,14 @@ def test_a_printed_spec_runs_as_it_is(tmp_path: Path) -> None:
     assert "does not exist" in result.stderr
 
 
+def test_an_empty_prompt_is_a_mistake_and_not_the_default() -> None:
+    result = lavaflow("caption", "/photos", "-o", "/out", "--prompt", "", "--print-spec")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "Error: command line: ask.0.prompt: '' should have at least 1 character\n"
+    )
+
+
 def test_the_schema_is_json_that_knows_every_part() -> None:
     schema = json.loads(lavaflow("spec", "--schema").stdout)
     assert set(schema["required"]) == {"source", "ask", "output"}
@@ -216,6 +227,29 @@ def test_a_bug_keeps_its_traceback() -> None:
     result = CliRunner().invoke(endings, ["end", "bug"])
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def schema_into(stdout: IO[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.cli", "spec", "--schema"]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, cwd=REPOSITORY
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_result_that_cannot_be_written_is_one_message_and_status_1() -> None:
+    with open("/dev/full", "w") as full:
+        done = schema_into(full)
+    assert done.returncode == 1
+    assert done.stderr == ("Error: cannot write the result: [Errno 28] No space left on device\n")
+
+
+def test_a_reader_that_has_gone_ends_a_command_in_silence() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as closed:
+        done = schema_into(closed)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_handler_of_sigterm_is_put_back() -> None:
@@ -270,19 +304,72 @@ def test_a_run_that_found_nothing_to_do_says_so() -> None:
     )
 
 
+def write_record(output: Path, number: int, **keys: Any) -> None:
+    spec = {
+        "source": {"format": "images", "path": "/photos"},
+        "ask": [{"from": "questions"}],
+        "output": {"path": "/where/it/was"},
+        **keys,
+    }
+    (output / "runs").mkdir(exist_ok=True)
+    (output / "runs" / f"{number}.json").write_text(json.dumps({"spec": spec}))
+
+
 def test_the_newest_record_tells_the_spec_of_a_table_even_after_it_moved(tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
     for number, name in enumerate(["old", "new"]):
-        spec = {
-            "name": name,
-            "source": {"format": "images", "path": "/photos"},
-            "ask": [{"from": "questions"}],
-            "output": {"path": "/where/it/was"},
-        }
-        (tmp_path / "runs" / f"{number}.json").write_text(json.dumps({"spec": spec}))
+        write_record(tmp_path, number, name=name)
     job = recorded_spec(str(tmp_path))
     assert job.name == "new"
     assert job.output.path == str(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"spec": 1}', "\udc80", "[" * 100_000])
+def test_a_record_without_a_spec_leaves_it_to_the_one_before(tmp_path: Path, text: str) -> None:
+    write_record(tmp_path, 0, name="whole")
+    (tmp_path / "runs" / "1.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert recorded_spec(str(tmp_path)).name == "whole"
+
+
+def test_a_table_that_was_asked_one_thing_after_another_holds_both(tmp_path: Path) -> None:
+    first, second = {"id": "a", "prompt": "A?"}, {"id": "b", "prompt": "B?", "max_new_tokens": 3}
+    write_record(tmp_path, 0, ask=[first], generate={"max_new_tokens": 7})
+    write_record(tmp_path, 1, ask=[second, {"from": "questions"}])
+    write_record(tmp_path, 2, ask=[second])
+    job = recorded_spec(str(tmp_path))
+    assert job.units == ("b", "a", "questions")
+    assert [job.max_new_tokens(ask) for ask in job.ask] == [3, 7, 64]
+
+
+def test_records_without_any_spec_are_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "zzz.json").write_text("{}")
+    result = lavaflow("verify", str(tmp_path))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {tmp_path}: none of runs/zzz.json holds a spec (runs/*.json); "
+        "name the spec with --spec\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["a\0b", "file"])
+def test_an_output_that_cannot_be_read_is_bad_usage(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match=r"cannot be read \(.*\); check the path and the creden"):
+        recorded_spec(str(tmp_path / name))
+
+
+def test_a_bucket_that_cannot_be_reached_asks_for_its_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SpecError, match=r"cannot be read .* --spec, or the server in AWS_ENDPOINT"):
+        recorded_spec("s3://nobucket/x")
 
 
 def test_verifying_what_was_never_run_into_asks_for_the_spec(tmp_path: Path) -> None:
@@ -291,6 +378,19 @@ def test_verifying_what_was_never_run_into_asks_for_the_spec(tmp_path: Path) -> 
     assert result.stderr == (
         f"Error: {tmp_path}: holds no run record (runs/*.json); name the spec with --spec\n"
     )
+
+
+def test_the_demo_shows_answers_beside_a_file_of_somebody_else(tmp_path: Path) -> None:
+    rows = [
+        {
+            **{"source_uri": "a.tar", "source_index": 0, "sample_id": "s", "colour": '"red"'},
+            **{"shape": '"circle"', "question": "what?", "answer": "it", "error_message": None},
+        }
+    ]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "notes.txt").write_text("mine")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "answers" / "part-0.parquet")
+    assert "s: a red circle\n    what? " in showcase(demo_spec(str(tmp_path)))
 
 
 # Whole commands

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import yaml12
-from jobs.load import build_spec, dump_spec, load_spec, override
+from jobs.load import absolute, build_spec, dump_spec, load_spec, override
 from jobs.mistakes import every_key
 from jobs.quick import guess_format, question_asks
 from schemas.errors import SpecError
@@ -107,6 +107,31 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, message: s
     assert message in str(found.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("!!int abc", "!!int ''", "!!float ''", "!!bool maybe", "!!timestamp abc"),
+        *("!!timestamp 2024-99-99", "1" * 5000, "[" * 3000),
+    ],
+)
+def test_a_value_that_yaml_cannot_make_is_an_error_of_yaml(text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="holds a value that cannot be read: "):
+        yaml12.load(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("~nosuchuser/job.yaml", "~nosuchuser/job.yaml: there is no such file"),
+        ("a\0b", "a\0b: cannot be read: embedded null byte"),
+    ],
+)
+def test_a_strange_path_of_a_spec_is_told(path: str, told: str) -> None:
+    with pytest.raises(SpecError) as found:
+        load_spec(path)
+    assert str(found.value) == told
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"nothing\.yaml: there is no such file"):
         load_spec(str(tmp_path / "nothing.yaml"))
@@ -151,6 +176,10 @@ def test_set_reaches_into_lists_and_makes_what_is_not_there(spec: Path) -> None:
         (
             "ask.5.id=x",
             "--set 'ask.5.id=x': ask is a list of 1; write ask.N with N from 0, 1 to add an entry",
+        ),
+        (
+            "ask.².id=x",
+            "--set 'ask.².id=x': ask is a list of 1; write ask.N with N from 0, 1 to add an entry",
         ),
         (
             "ask=[",
@@ -222,6 +251,21 @@ def test_every_mistake_has_its_line() -> None:
     ]
 
 
+def test_an_empty_text_is_told_without_a_suggestion() -> None:
+    told = mistakes_of(ask=[{"id": "a", "prompt": ""}])
+    assert told == "job.yaml: ask.0.prompt: '' should have at least 1 character"
+
+
+def test_a_key_of_the_other_kind_of_question_is_told_as_such() -> None:
+    told = mistakes_of(ask=[{"from": "questions", "id": "x"}])
+    assert told == "job.yaml: ask.0.id: unknown key (value 'x'); {from: questions} takes no id"
+
+
+def test_text_with_half_a_character_is_told_with_its_key() -> None:
+    told = mistakes_of(ask=[{"id": "a", "prompt": "b\udc80"}])
+    assert told == "job.yaml: ask.0.prompt: 'b\\udc80' is not valid Unicode text"
+
+
 def test_a_mistake_inside_a_list_of_paths_names_the_entry() -> None:
     told = mistakes_of(source={"format": "images", "path": ["a", 5]})
     assert told == "job.yaml: source.path.1: 5 should be a string"
@@ -284,7 +328,25 @@ def test_relative_local_paths_become_absolute(
     assert job.model.path == f"{tmp_path}/llava"
 
 
-@pytest.mark.parametrize("path", ["embedded", "llava-hf/llava-1.5-7b-hf", "s3://bucket/model"])
+@pytest.mark.parametrize(
+    ("path", "is_local"),
+    [
+        ("a::b.tar", True),
+        ("part::2/*.jpg", True),
+        ("simplecache::a.tar", False),
+        ("simplecache::s3://b/a.tar", False),
+    ],
+)
+def test_a_chain_of_stores_is_left_alone_but_not_a_name_with_colons(
+    path: str, is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute(path) == (f"{tmp_path}/{path}" if is_local else path)
+
+
+@pytest.mark.parametrize(
+    "path", ["embedded", "a" * 300, "llava-hf/llava-1.5-7b-hf", "s3://bucket/model"]
+)
 def test_a_model_that_is_no_local_folder_keeps_its_name(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +414,11 @@ def test_the_format_is_guessed_from_the_name(source: str, kind: str) -> None:
     assert guess_format(source) == kind
 
 
+@pytest.mark.parametrize("source", ["a" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_left_to_the_listing(source: str) -> None:
+    assert guess_format(source) == "images"
+
+
 def test_a_local_folder_is_looked_into(tmp_path: Path) -> None:
     (tmp_path / "set.v2" / "deep").mkdir(parents=True)
     assert guess_format(str(tmp_path / "set.v2")) == "images"
@@ -369,9 +436,15 @@ def test_question_ids_come_from_the_words_and_are_distinct() -> None:
         ["Is it red?", "is it red", "???", "Questions", "Is it red?", "Ist es süß"]
     )
     assert {ask["id"]: ask["prompt"] for ask in asks} == {
-        "is-it-red": "Is it red?",
-        "is-it-red-2": "is it red",
-        "question": "???",
-        "question-2": "Questions",
+        "is-it-red-e949cf": "Is it red?",
+        "is-it-red-6f5491": "is it red",
+        "question-a03b22": "???",
+        "question-9a7222": "Questions",
         "ist-es-süß": "Ist es süß",
     }
+
+
+@given(st.permutations(["Is it red?", "is it red", "Is it?", "???"]))
+def test_question_ids_do_not_depend_on_the_order(questions: list[str]) -> None:
+    ids = {ask["prompt"]: ask["id"] for ask in question_asks(questions)}
+    assert ids == {ask["prompt"]: ask["id"] for ask in question_asks(sorted(questions))}

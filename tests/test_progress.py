@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jobs.progress import LogLines, Progress, Tally, duration
+from jobs.progress import LogLines, Pace, Progress, duration
 
 
 def terminal(*, is_terminal: bool) -> Console:
@@ -26,15 +26,15 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 
 
 def test_time_left_follows_from_the_shards_that_this_run_completed() -> None:
-    tally = Tally(shards_total=10, shards_done=6, shards_done_before=4, started=0.0)
-    assert tally.left_s(20.0) == 40.0
-    tally.shards_done = 4
-    assert tally.left_s(20.0) is None
+    pace = Pace(shards_total=10, shards_done=6, shards_done_before=4, started=0.0)
+    assert pace.left_s(20.0) == 40.0
+    pace.shards_done = 4
+    assert pace.left_s(20.0) is None
 
 
 def test_the_line_tells_answers_rate_failures_shards_and_time() -> None:
-    tally = Tally(shards_total=4, shards_done=2, ok=1180, failed=20, started=0.0)
-    assert tally.line(60.0) == (
+    pace = Pace(shards_total=4, shards_done=2, ok=1180, failed=20, started=0.0)
+    assert pace.line(60.0) == (
         "1,200 answers, 20.0/s, 20 failed, 2/4 shards, 1 min 0 s elapsed, about 1 min 0 s left"
     )
 

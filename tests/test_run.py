@@ -1,5 +1,6 @@
 """Whole jobs in this process, on Rays of several sizes: shards in, answers out, resumed."""
 
+import io
 import json
 import threading
 import time
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from jobs.run import run_job
 from jobs.verify import verify
 from schemas.errors import JobError, SpecError
 from tests.s3 import S3Server
@@ -87,6 +90,29 @@ class TestOnTwoCores:
         asks = [{"id": "shape", "prompt": "what shape is in the image?"}]
         with pytest.raises(SpecError, match=r"question 'shape': was .*, is now"):
             run(job_of(tmp_path / "in", tmp_path / "out", ask=asks))
+
+    @pytest.mark.parametrize(
+        ("keys", "told"),
+        [
+            (
+                {"ask": [{"id": "a", "prompt": "<image>\nWhat is it?"}]},
+                r"ask\.0\.prompt: .* holds <image>; leave it out",
+            ),
+            ({"generate": {"max_new_tokens": 5000}}, r"max_new_tokens: 5000 is no less than"),
+            ({"model": {"path": "/none"}}, r"model\.path '/none' does not exist"),
+            (
+                {"source": {"format": "images", "path": "/"}},
+                r"\{from: questions\}: format `images` has no questions",
+            ),
+        ],
+    )
+    def test_what_would_fail_in_every_row_is_refused_before(
+        self, tmp_path: Path, keys: dict[str, Any], told: str
+    ) -> None:
+        write_shapes(tmp_path / "in", shards=1, images=1)
+        with pytest.raises(SpecError, match=told):
+            run(job_of(tmp_path / "in", tmp_path / "out", **keys))
+        assert not (tmp_path / "out").exists()
 
     def test_images_in_folders_are_found_and_answered(self, tmp_path: Path) -> None:
         for number, name in enumerate(("a.png", "deep/er/b.png", "c.jpg")):
@@ -189,6 +215,13 @@ class TestOnTwoCores:
         assert result.record["counts"]["ok"] == 16
         assert verify(job).ok
         assert sum(run(job)[0].record["new"].values()) == 0
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "in", shards=1, images=1)
+    job = job_of(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(JobError, match=r"cannot reach Ray at 127\.0\.0\.1:1: .*--address"):
+        run_job(job, address="127.0.0.1:1", console=Console(file=io.StringIO()))
 
 
 def test_one_core_does_not_hang(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from schemas.errors import SpecError
+from schemas.errors import ImageTooLarge, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,23 @@ def resized(processor: "LlavaProcessor", image: Image.Image) -> np.ndarray:
     """An RGB image as the processor resizes and crops it: uint8 [H, W, 3], not normalised."""
     values = _values(processor, image, do_rescale=False, do_normalize=False)
     return np.ascontiguousarray(np.moveaxis(values, 0, -1))
+
+
+def check_aspect(processor: "LlavaProcessor", image: Image.Image, *, max_pixels: int) -> None:
+    """Raise ImageTooLarge for an image that resizing would blow up.
+
+    A processor that scales the shortest edge to its size scales the longest by as much: a strip of
+    one pixel in height becomes larger than any photograph.
+    """
+    edge = (processor.image_processor.size or {}).get("shortest_edge")
+    if edge is None:
+        return
+    long_side = edge * max(image.size) // min(image.size)
+    if edge * long_side > max_pixels:
+        raise ImageTooLarge(
+            f"the image of {image.width} x {image.height} pixels would be resized to "
+            f"{edge} x {long_side}: more than source.max_image_pixels, {max_pixels}; crop it"
+        )
 
 
 def pixel_table(processor: "LlavaProcessor") -> np.ndarray:

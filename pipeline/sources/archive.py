@@ -27,6 +27,11 @@ BROKEN_OR_FORBIDDEN = (
     zlib.error,
     lzma.LZMAError,
     PermissionError,
+    IsADirectoryError,
+    # Headers that chain without end, or that claim a size that nothing has.
+    RecursionError,
+    MemoryError,
+    OverflowError,
 )
 """What no second try would mend. Caught before a store's errors: some of these are OSErrors."""
 

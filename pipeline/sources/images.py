@@ -47,7 +47,7 @@ class Images:
         try:
             fs, path = filesystem(shard.uri, self.spec.storage)
             image = bytes(fs.cat_file(path))
-        except (FileNotFoundError, PermissionError) as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
             return Sample(0, name, error=ShardUnreadable(f"{shard.uri}: cannot be read: {reason}"))
         except store_errors() as error:
