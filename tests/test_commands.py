@@ -78,7 +78,13 @@ def test_a_bad_model_path_is_found_before_anything_starts(tmp_path: Path) -> Non
 def start_and_wait_for_answers(spec: Path, output: Path) -> "subprocess.Popen[str]":
     """A run of the spec that has staged its first answers, and is not over."""
     command = [str(Path(sys.executable).with_name("lavaflow")), "run", str(spec)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore SIGINT, and their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     staging = output / "staging"
     deadline = time.monotonic() + 120
     while not (staging.is_dir() and any(staging.iterdir())):
