@@ -16,7 +16,7 @@ from pipeline.parts import ANSWERS, SUFFIX
 from pipeline.storage import Output
 from schemas.job import EMBEDDED, JobSpec
 
-IMAGES_SHOWN = 5
+IMAGES_SHOWN = 6
 
 
 def demo_spec(output: str) -> JobSpec:

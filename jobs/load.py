@@ -46,7 +46,7 @@ def build_spec(data: dict[str, Any], overrides: Sequence[str] = (), *, origin: s
 
 
 def _refuse_odd_text(value: Any, *, key: str, origin: str) -> None:
-    """Raises SpecError for text that holds half a character: UTF-8 and Arrow have no room for it."""
+    """Raises SpecError for text with half a character in it: UTF-8 and Arrow cannot hold it."""
     if isinstance(value, str) and not _is_unicode(value):
         raise SpecError(f"{origin}: {key}: {value!a:.60} is not valid Unicode text")
     inside = value.items() if isinstance(value, dict) else ()

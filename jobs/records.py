@@ -46,10 +46,11 @@ def _read_records(output: str) -> dict[str, bytes]:
     # Imported here: pyarrow and fsspec, which a summary does not need.
     from pipeline.storage import Output, store_errors
 
+    folder = Output(absolute(output), StorageSpec())
+    unreadable: tuple[type[Exception], ...] = (*store_errors(), ValueError)
     try:
-        folder = Output(absolute(output), StorageSpec())
         return {name: folder.read(name) for name in folder.names(RUNS, suffix=".json")}
-    except (*store_errors(), ValueError) as error:
+    except unreadable as error:
         raise SpecError(
             f"{output}: cannot be read ({error}); check the path and the credentials, or "
             f"{_remedy(output)}"

@@ -1,35 +1,38 @@
 """Proving that an answer table is whole: from the source and the table, not from the footers.
 
 The source is read again (nothing is decoded) and says which answers there have to be; the rows
-under `answers/` say which there are. Footers are only checked against the rows of their own part.
-Source shards are gone through one at a time; of the table, identities alone are held in memory.
+under `answers/` say which there are, and every column of theirs is read. Footers are only checked
+against the rows of their own part, and for the version of the source that they answer.
+Source shards and parts are gone through one at a time; of all parts together, identities alone are
+held in memory.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.coverage import Ranges
 from pipeline.footer import STATUSES
-from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, read_info
+from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part
 from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample, Shard, Source
-from pipeline.storage import Output
-from schemas.errors import JobError, RowError
+from pipeline.storage import Output, store_errors
+from schemas.errors import JobError, RowError, SpecError
 from schemas.job import ROW_QUESTIONS, JobSpec
 from schemas.tables import answer_schema
 
 EXAMPLES = 5
 IDENTITY = ("source_uri", "source_index", "question_id", "turn", "sample_number")
 OUTCOME = ("status", "error_class")
+ERROR = ("error_stage", "error_class", "error_message")
 
-Answer = tuple[int, str | None, int, int]
+Identity = tuple[int, str | None, int, int]
 """A row's identity within its shard: source_index, question_id, turn, sample_number."""
 
 
@@ -40,10 +43,10 @@ class Finding:
     count: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, uri: str, answer: Answer, *, times: int = 1) -> None:
+    def add(self, uri: str, identity: Identity, *, times: int = 1) -> None:
         self.count += times
         if len(self.examples) < EXAMPLES:
-            self.examples.append(dict(zip(IDENTITY, (uri, *answer), strict=True)))
+            self.examples.append(dict(zip(IDENTITY, (uri, *identity), strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         return {"count": self.count, "examples": self.examples}
@@ -96,24 +99,30 @@ class Report:
 
 
 def verify(job: JobSpec) -> Report:
-    """Compare the job's table with its source. Raises SpecError where either cannot be reached."""
+    """Compare the job's table with its source.
+
+    Raises SpecError where either cannot be reached, StoreUnavailable where a store fails while the
+    source is read.
+    """
     source = open_source(job.source)
     shards = source.list()
     output = Output(job.output.path, job.output.storage)
     schema = answer_schema(source.keep_types(), prompts=job.output.prompts)
-    table, faults = _read_answers(output, schema=schema)
+    table, staged, faults = _read_output(
+        output, schema=schema, versions={shard.uri: shard.identity for shard in shards}
+    )
     missing, doubled, unexpected = Finding(), Finding(), Finding()
     inputs = 0
     for shard, there in _by_shard(table, shards, unexpected=unexpected):
-        for answer in _called_for(source, shard, job=job):
+        for identity in _called_for(source, shard, job=job):
             inputs += 1
-            times = there.pop(answer, 0)
+            times = there.pop(identity, 0)
             if times == 0:
-                missing.add(shard.uri, answer)
+                missing.add(shard.uri, identity)
             elif times > 1:
-                doubled.add(shard.uri, answer)
-        for answer, times in there.items():
-            unexpected.add(shard.uri, answer, times=times)
+                doubled.add(shard.uri, identity)
+        for identity, times in there.items():
+            unexpected.add(shard.uri, identity, times=times)
     failed = table.filter(pc.equal(table["status"], "failed"))
     return Report(
         inputs=inputs,
@@ -123,11 +132,11 @@ def verify(job: JobSpec) -> Report:
         doubled=doubled,
         unexpected=unexpected,
         faults=faults,
-        staged=len(output.names(STAGING, suffix="")),
+        staged=staged,
     )
 
 
-def _called_for(source: Source, shard: Shard, *, job: JobSpec) -> Iterator[Answer]:
+def _called_for(source: Source, shard: Shard, *, job: JobSpec) -> Iterator[Identity]:
     for sample in source.read(shard, skip=Ranges()):
         for question_id in question_ids(sample, units=job.units):
             yield sample.index, question_id, 0, 0
@@ -153,48 +162,98 @@ def _own_ids(
     return ids if len({*ids, *taken}) == len(ids) + len(taken) else [None]
 
 
-def _read_answers(output: Output, *, schema: pa.Schema) -> tuple[pa.Table, list[Fault]]:
-    """Identity and outcome of every row of every whole part, and what is wrong with the files."""
-    wanted = pa.schema([schema.field(name) for name in (*IDENTITY, *OUTCOME)])
-    tables, faults = [wanted.empty_table()], []
-    for name in output.names(ANSWERS, suffix=""):
-        try:
-            info = _read_info(output, name, schema=schema)
-            rows = _read_rows(output, name)
-        except JobError as error:
-            faults.append(Fault(name, str(error)))
-            continue
-        tables.append(rows)
-        if reason := _footer_fault(info, rows=rows):
-            faults.append(Fault(name, reason))
-    return pa.concat_tables(tables), faults
+def _read_output(
+    output: Output, *, schema: pa.Schema, versions: Mapping[str, str]
+) -> tuple[pa.Table, int, list[Fault]]:
+    """The rows that are there, how many files are staged, and what is wrong with the files.
+
+    `versions`: the identity of each shard of the source. Raises SpecError where the store fails.
+    """
+    tables, faults = [], []
+    try:
+        for name in output.names(ANSWERS, suffix=""):
+            rows, reasons = _read_file(output, name, schema=schema, versions=versions)
+            tables.append(rows)
+            faults += [Fault(name, reason) for reason in reasons]
+        staged = len(output.names(STAGING, suffix=""))
+    except store_errors() as error:
+        raise SpecError(
+            f"{output.uri} cannot be read ({error}); check the path and the credentials"
+        ) from error
+    return pa.concat_tables([_no_rows(schema), *tables]), staged, faults
 
 
-def _read_info(output: Output, name: str, *, schema: pa.Schema) -> PartInfo:
+def _no_rows(schema: pa.Schema) -> pa.Table:
+    return pa.schema([schema.field(name) for name in (*IDENTITY, *OUTCOME)]).empty_table()
+
+
+def _read_file(
+    output: Output, name: str, *, schema: pa.Schema, versions: Mapping[str, str]
+) -> tuple[pa.Table, list[str]]:
+    """Identity and outcome of every row of a whole part, and what is wrong with the file."""
+    try:
+        info, batches = _open_part(output, name, schema=schema)
+        rows = pa.concat_tables([_checked(schema.empty_table()), *map(_checked, batches)])
+    except JobError as error:
+        return _no_rows(schema), [str(error)]
+    reasons = (
+        _footer_fault(info, rows=rows),
+        _version_fault(info, versions=versions),
+        _rows_fault(rows, "misanswered", "an answer where status is not ok, or none where it is"),
+        _rows_fault(rows, "unexplained", f"status failed without all of {', '.join(ERROR)}"),
+    )
+    return rows.select([*IDENTITY, *OUTCOME]), [reason for reason in reasons if reason]
+
+
+def _open_part(
+    output: Output, name: str, *, schema: pa.Schema
+) -> tuple[PartInfo, Iterator[pa.RecordBatch]]:
     """Raises JobError for what is not a whole part with the columns of the answer table."""
     if not name.endswith(SUFFIX):
         raise JobError(f"{output.uri}/{name}: is no {SUFFIX} file; move it away")
-    info = read_info(output, name)
+    info, batches = open_part(output, name)
     if not info.schema.equals(schema):
         raise JobError(
             f"{output.uri}/{name}: its columns are {info.schema.names} instead of {schema.names}, "
             "or have other types"
         )
-    return info
+    return info, batches
 
 
-def _read_rows(output: Output, name: str) -> pa.Table:
-    try:
-        with output.open(name) as file:
-            rows = pq.read_table(file, columns=[*IDENTITY, *OUTCOME])
-    except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{output.uri}/{name}: cannot be read: {error}") from error
-    return rows.replace_schema_metadata(None)
+def _checked(rows: pa.RecordBatch | pa.Table) -> pa.Table:
+    """Identity and outcome of rows, and whether the other columns of the outcome fit it."""
+    columns = {name: rows[name] for name in (*IDENTITY, *OUTCOME)}
+    explained = reduce(pc.and_, (pc.is_valid(rows[name]) for name in ERROR))
+    columns["misanswered"] = pc.xor(_has(rows, "ok"), pc.is_valid(rows["answer"]))
+    columns["unexplained"] = pc.and_not(_has(rows, "failed"), explained)
+    return pa.table(columns)
+
+
+def _has(rows: pa.RecordBatch | pa.Table, status: str) -> pa.Array | pa.ChunkedArray:
+    return pc.fill_null(pc.equal(rows["status"], status), False)
+
+
+def _rows_fault(rows: pa.Table, column: str, what: str) -> str | None:
+    odd = rows.filter(rows[column])
+    if not odd.num_rows:
+        return None
+    first = odd.slice(0, 1).select(list(IDENTITY)).to_pylist()[0]
+    return f"{odd.num_rows} rows have {what}; the first is {first}"
+
+
+def _version_fault(info: PartInfo, *, versions: Mapping[str, str]) -> str | None:
+    """A shard that was replaced calls for the same rows, but what is there answers the old one."""
+    stale = [s for s in info.footer.shards if versions.get(s.uri, s.identity) != s.identity]
+    if not stale:
+        return None
+    uri, was = stale[0].uri, stale[0].identity
+    more = f"; so it does of {len(stale) - 1} more" if len(stale) > 1 else ""
+    return f"answers another version of {uri}: was {was!r}, is now {versions[uri]!r}{more}"
 
 
 def _footer_fault(info: PartInfo, *, rows: pa.Table) -> str | None:
     tally = info.footer.tally
-    failed = rows.filter(pc.equal(rows["status"], "failed"))
+    failed = rows.filter(_has(rows, "failed"))
     failures = {error: found.count for error, found in tally.failures.items()}
     told = ({s: n for s, n in tally.counts.items() if n}, failures)
     there = (_counts(rows["status"]), _counts(failed["error_class"]))
@@ -207,18 +266,19 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 def _by_shard(
     table: pa.Table, shards: Sequence[Shard], *, unexpected: Finding
-) -> Iterator[tuple[Shard, Counter[Answer]]]:
+) -> Iterator[tuple[Shard, Counter[Identity]]]:
     """Each shard with the answers that are there; answers of no shard are unexpected."""
     uris = pa.array([shard.uri for shard in shards], pa.string())
     number = pc.fill_null(pc.index_in(table["source_uri"], value_set=uris), len(shards))
     table = table.select(list(IDENTITY)).append_column("shard", number).sort_by("shard")
     starts = np.searchsorted(table["shard"].to_numpy(), np.arange(len(shards) + 1))
     for shard, start, stop in zip(shards, starts[:-1], starts[1:], strict=True):
-        yield shard, Counter(_answers(table.slice(start, stop - start)))
+        yield shard, Counter(_identities(table.slice(start, stop - start)))
     strangers = table.slice(starts[-1])
-    for uri, answer in zip(strangers["source_uri"].to_pylist(), _answers(strangers), strict=True):
-        unexpected.add(uri, answer)
+    uris_there = strangers["source_uri"].to_pylist()
+    for uri, identity in zip(uris_there, _identities(strangers), strict=True):
+        unexpected.add(uri, identity)
 
 
-def _answers(table: pa.Table) -> Iterator[Answer]:
+def _identities(table: pa.Table) -> Iterator[Identity]:
     return zip(*(table[name].to_pylist() for name in IDENTITY[1:]), strict=True)

@@ -19,19 +19,30 @@ from operator import add
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.coverage import Coverage
+from pipeline.coverage import Coverage, Ranges
 from pipeline.fold import added_coverage, fold_parts
 from pipeline.footer import Fingerprint, Footer, Tally
-from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, part_bytes, read_info, read_part
+from pipeline.parts import (
+    ANSWERS,
+    STAGING,
+    SUFFIX,
+    PartInfo,
+    part_bytes,
+    read_columns,
+    read_info,
+    read_part,
+)
 from pipeline.sources.base import Shard
 from pipeline.storage import Output
 from schemas.errors import JobError, SpecError
-from schemas.job import OutputSpec
+from schemas.job import ROW_QUESTIONS, OutputSpec
 from schemas.tables import answer_schema
 
 READERS = 16
 """Parts that are read at the same time; they wait for the store, not for a CPU."""
+PLACE = ("source_uri", "source_index", "question_id")
 
 
 class AnswerTable:
@@ -51,11 +62,12 @@ class AnswerTable:
         self.coverage = Coverage()
         """What is answered, folded or staged; grows as parts are committed."""
 
-    def open(self, shards: Iterable[Shard]) -> None:
+    def open(self, shards: Sequence[Shard]) -> None:
         """Learn what the output holds. Changes nothing there.
 
         Raises SpecError where its answers cannot stand beside this run's: another fingerprint,
-        other columns, or a shard of the source that has changed; JobError for a damaged part.
+        other columns, a shard of the source that has changed, or a question added under an id
+        that rows' own questions have; JobError for a damaged part.
         """
         for part in self._read_new(ANSWERS):
             self._answers[part.name] = part.footer
@@ -64,6 +76,7 @@ class AnswerTable:
         for part in self._read_new(STAGING):
             self._stage(part.name, part.footer)
         self._check_shards(shards)
+        self._check_own_ids(shards)
 
     @property
     def tally(self) -> Tally:
@@ -174,6 +187,45 @@ class AnswerTable:
                     f"{old!r}, is now {shard.identity!r}. Give another output.path"
                 )
 
+    def _check_own_ids(self, shards: Iterable[Shard]) -> None:
+        """Two answers of one row under one id could not be told apart.
+
+        Reads the ids of rows, and only where a question was added beside answered `questions`.
+        """
+        added = {shard.uri: units for shard in shards if (units := self._added_units(shard))}
+        names = [
+            name
+            for name, footer in {**self._answers, **self._staged}.items()
+            if any(s.uri in added and ROW_QUESTIONS in s.units for s in footer.shards)
+        ]
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(lambda name: self._refuse_own_ids(name, added=added), names))
+
+    def _added_units(self, shard: Shard) -> dict[str, Ranges]:
+        """By question id, the rows that lack its answer and have those to questions of their own.
+
+        Where a row has both, its own ids were held against the question's when it was answered.
+        """
+        known = self.coverage.of(shard.uri, shard.identity).units
+        if ROW_QUESTIONS not in known:
+            return {}
+        own = known[ROW_QUESTIONS]
+        asked = [unit for unit in self._fingerprint.questions if known.get(unit) != own]
+        lacking = {unit: own - known.get(unit, Ranges()) for unit in asked}
+        return {unit: rows for unit, rows in lacking.items() if rows.pairs}
+
+    def _refuse_own_ids(self, name: str, *, added: Mapping[str, Mapping[str, Ranges]]) -> None:
+        ids = read_columns(self.output, name, PLACE)
+        units = pa.array({unit for units in added.values() for unit in units}, pa.string())
+        suspects = ids.filter(pc.is_in(ids["question_id"], value_set=units)).to_pylist()
+        for row in suspects:
+            uri, index, unit = (row[name] for name in PLACE)
+            if index in added.get(uri, {}).get(unit, Ranges()):
+                raise SpecError(
+                    f"the id {unit!r} is already used by rows' own questions in {self.output.uri}; "
+                    f"give the question another id. One of them is {uri} row {index}"
+                )
+
 
 def _add_all(coverage: Coverage, footer: Footer) -> None:
     for shard in footer.shards:
@@ -181,17 +233,18 @@ def _add_all(coverage: Coverage, footer: Footer) -> None:
 
 
 def _schema_differences(old: pa.Schema, new: pa.Schema) -> str:
-    was = {field.name: str(field.type) for field in old}
-    now = {field.name: str(field.type) for field in new}
-    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    was = {field.name: field.type for field in old}
+    now = {field.name: field.type for field in new}
+    # Arrow's equality, unlike the types' text, passes over the name that a list gives its items.
+    changed = [n for n in {**was, **now} if n not in was or n not in now or was[n] != now[n]]
     lines = [f"{name}: was {was.get(name)}, is now {now.get(name)}" for name in changed]
     return "; ".join(lines) or f"their order: was {list(was)}, is now {list(now)}"
 
 
 def write_run_record(output: Output, run_id: str, record: Mapping[str, Any]) -> None:
-    """Write `runs/RUN_ID.json`; a later record of the same run replaces the earlier one."""
-    name = f"runs/{run_id}.json"
+    """Write `runs/RUN_ID.json`; a later record of the same run takes the earlier one's place.
+
+    At no moment is there none, or half of one.
+    """
     data = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
-    if not output.publish(name, data):
-        output.remove(name)
-        output.publish(name, data)
+    output.replace(f"runs/{run_id}.json", data)

@@ -105,8 +105,9 @@ def _damage_as_job_error(place: str, *, what: str = "its rows are damaged") -> I
         # Arrow tells much damage as a bare OSError; what a store raises is more than that.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
+        told = " ".join(str(error).split())
         raise JobError(
-            f"{place}: {what} ({error}); move it away and run the job again: what it held is "
+            f"{place}: {what} ({told}); move it away and run the job again: what it held is "
             "answered again"
         ) from error
 

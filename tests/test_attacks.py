@@ -122,12 +122,13 @@ def test_table_that_was_tampered_with_does_not_verify(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_question_added_under_the_id_of_a_rows_own_doubles_nothing(tmp_path: Path) -> None:
+def test_question_added_under_the_id_of_a_rows_own_is_refused(tmp_path: Path) -> None:
     own = {"questions": [{"id": "shape", "question": "what color is the shape?"}]}
     write_shard(tmp_path / "src/a.tar", [("0.png", scene(0)[2]), ("0.json", json_bytes(own))])
     out = tmp_path / "out"
     with ray_of(num_cpus=2):
         run(job_of(tmp_path / "src", out, ask=[{"from": "questions"}]))
-        run(job_of(tmp_path / "src", out))
+        with pytest.raises(SpecError, match="the id 'shape' is already used by rows' own"):
+            run(job_of(tmp_path / "src", out))
     ids = [(row["source_index"], row["question_id"]) for row in answers(out)]
     assert len(set(ids)) == len(ids)

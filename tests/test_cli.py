@@ -336,8 +336,8 @@ def test_a_table_that_was_asked_one_thing_after_another_holds_both(tmp_path: Pat
     write_record(tmp_path, 1, ask=[second, {"from": "questions"}])
     write_record(tmp_path, 2, ask=[second])
     job = recorded_spec(str(tmp_path))
-    assert job.units == ("b", "a", "questions")
-    assert [job.max_new_tokens(ask) for ask in job.ask] == [3, 7, 64]
+    assert job.units == ("b", "questions", "a")
+    assert [job.max_new_tokens(ask) for ask in job.ask] == [3, 64, 7]
 
 
 def test_records_without_any_spec_are_named(tmp_path: Path) -> None:
@@ -381,15 +381,12 @@ def test_verifying_what_was_never_run_into_asks_for_the_spec(tmp_path: Path) -> 
 
 
 def test_the_demo_shows_answers_beside_a_file_of_somebody_else(tmp_path: Path) -> None:
-    rows = [
-        {
-            **{"source_uri": "a.tar", "source_index": 0, "sample_id": "s", "colour": '"red"'},
-            **{"shape": '"circle"', "question": "what?", "answer": "it", "error_message": None},
-        }
-    ]
+    drawn = {"colour": '"red"', "shape": '"circle"'}
+    place = {"source_uri": "a.tar", "source_index": 0, "sample_id": "s"}
+    row = {**place, **drawn, "question": "what?", "answer": "it", "error_message": None}
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "notes.txt").write_text("mine")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "answers" / "part-0.parquet")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "answers" / "part-0.parquet")
     assert "s: a red circle\n    what? " in showcase(demo_spec(str(tmp_path)))
 
 

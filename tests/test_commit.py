@@ -1,4 +1,5 @@
 import json
+import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,6 +223,69 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
         other.open(SHARDS)
 
 
+def test_the_name_of_a_lists_items_is_no_difference(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+    other = AnswerTable(run.spec, keep={"url": pa.string()}, fingerprint=FINGERPRINT)
+    with pytest.raises(SpecError) as error:
+        other.open(SHARDS)
+    assert "choice_probs" not in str(error.value)
+
+
+def with_question(unit: str) -> Fingerprint:
+    return Fingerprint(FINGERPRINT.model, {**FINGERPRINT.questions, unit: "new"})
+
+
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_a_question_under_the_id_of_a_rows_own_is_refused(tmp_path: Path, is_folded: bool) -> None:
+    run = Run(tmp_path)
+    run.write(row(0, ["own", "shape"], units=["questions"]), row(1, ["x"], units=["questions"]))
+    if is_folded:
+        run.table.finish()
+    Run(tmp_path, fingerprint=with_question("form"))
+    with pytest.raises(SpecError) as error:
+        Run(tmp_path, fingerprint=with_question("shape"))
+    told = f"the id 'shape' is already used by rows' own questions in {tmp_path}; give the question"
+    assert str(error.value) == f"{told} another id. One of them is a.tar row 0"
+
+
+def test_an_id_of_rows_own_is_found_though_other_rows_answer_a_question_of_that_id(
+    tmp_path: Path,
+) -> None:
+    """Asked, dropped from the spec, asked again; meanwhile a fold made one part of both."""
+    run = Run(tmp_path, fingerprint=with_question("shape"))
+    run.write(row(0, ["shape", None], units=["shape", "questions"], status="skipped", answer=None))
+    dropped = Run(tmp_path)
+    dropped.write(row(1, ["shape"], units=["questions"]))
+    dropped.table.finish()
+    with pytest.raises(SpecError, match=r"One of them is a.tar row 1"):
+        Run(tmp_path, fingerprint=with_question("shape"))
+
+
+def test_an_added_question_that_is_half_answered_is_asked_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(*(row(index, ["own"], units=["questions"]) for index in range(3)))
+    added = Run(tmp_path, fingerprint=with_question("shape"))
+    added.write(row(0, ["shape"]))
+    added.table.finish()
+    again = Run(tmp_path, fingerprint=with_question("shape"))
+    again.write(row(1, ["shape"]), row(2, ["shape"]))
+    again.table.finish()
+    assert len(identities(tmp_path)) == len(set(identities(tmp_path))) == 6
+
+
+def test_rows_are_read_only_where_a_question_is_added_beside_rows_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0, ["caption", "own"], units=["caption", "questions"]), end(2))
+    name = run.write(row(1, ["own"], units=["questions"]))
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(b"PAR1" + b"\xff" * 2000 + data[2004:])
+    asked = {"questions": FINGERPRINT.questions["questions"]}
+    Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, asked))
+    with pytest.raises(JobError, match="its rows are damaged"):
+        Run(tmp_path, fingerprint=with_question("shape"))
+
+
 def test_a_changed_shard_is_refused(tmp_path: Path) -> None:
     Run(tmp_path).write(row(0))
     with pytest.raises(SpecError, match=r"a.tar has changed .* was 'etag-1', is now 'etag-2'"):
@@ -233,6 +297,15 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers/part-x.parquet").write_bytes(b"PAR1")
     with pytest.raises(JobError, match=r"answers/part-x.parquet: is not a whole Parquet file"):
         Run(tmp_path)
+
+
+def test_a_staged_part_whose_rows_are_damaged_is_named_with_the_remedy(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    name = run.write(row(0))
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(b"PAR1" + b"\xff" * 500 + data[504:])
+    with pytest.raises(JobError, match=rf"{name}: its rows are damaged .* move it away"):
+        run.table.finish()
 
 
 def test_a_run_beside_this_one_is_noticed(tmp_path: Path) -> None:
@@ -261,6 +334,35 @@ def test_a_run_record_is_replaced_by_a_later_one(tmp_path: Path) -> None:
     write_run_record(output, "run-1", {"counts": {"ok": 0}})
     write_run_record(output, "run-1", {"counts": {"ok": 3}})
     assert json.loads((tmp_path / "runs/run-1.json").read_text()) == {"counts": {"ok": 3}}
+
+
+def test_a_run_record_is_there_at_every_moment(tmp_path: Path) -> None:
+    output = Output(str(tmp_path), STORAGE)
+    write_run_record(output, "run-1", {"n": 0})
+    found, is_over = [], threading.Event()
+
+    def watch() -> None:
+        while not is_over.is_set():
+            try:
+                found.append(json.loads((tmp_path / "runs/run-1.json").read_text())["n"])
+            except (FileNotFoundError, ValueError) as error:
+                found.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for n in range(300):
+        write_run_record(output, "run-1", {"n": n})
+    is_over.set()
+    watcher.join()
+    assert found == sorted(found, key=int)
+
+
+def test_an_object_store_replaces_a_run_record(s3_server: S3Server) -> None:
+    storage = StorageSpec(endpoint_url=s3_server.endpoint_url)
+    output = Output(s3_server.url(uuid.uuid4().hex), storage)
+    for n in range(2):
+        write_run_record(output, "run-1", {"n": n})
+    assert json.loads(output.read("runs/run-1.json")) == {"n": 1}
 
 
 def test_an_object_store_holds_the_same_table(s3_server: S3Server) -> None:

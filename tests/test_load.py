@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import yaml12
@@ -67,6 +67,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     assert type(yaml12.load(text)) is type(value)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_text_survives_dumping_and_loading(text: str) -> None:
     dumped = yaml12.dump({"prompt": text})
@@ -384,6 +385,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     )
 
 
+@settings(deadline=None)
 @given(jobs())
 def test_a_dumped_spec_loads_back_equal(job: JobSpec) -> None:
     assert build_spec(yaml12.load(dump_spec(job)), origin="dumped") == job
@@ -444,6 +446,7 @@ def test_question_ids_come_from_the_words_and_are_distinct() -> None:
     }
 
 
+@settings(deadline=None)
 @given(st.permutations(["Is it red?", "is it red", "Is it?", "???"]))
 def test_question_ids_do_not_depend_on_the_order(questions: list[str]) -> None:
     ids = {ask["prompt"]: ask["id"] for ask in question_asks(questions)}

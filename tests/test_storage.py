@@ -143,6 +143,12 @@ class TestOutput:
         assert not make().publish("answers/a.parquet", b"second")
         assert make().read("answers/a.parquet") == b"first"
 
+    def test_replacing_takes_the_place_of_what_is_there_or_not(self, make: MakeOutput) -> None:
+        for data in (b"first", b"second"):
+            make().replace("runs/a.json", data)
+            assert make().read("runs/a.json") == data
+        assert make().names(".tmp", suffix="") == []
+
     def test_names_are_sorted_and_of_one_folder_and_suffix(self, make: MakeOutput) -> None:
         output = make()
         assert output.names("answers", suffix=".parquet") == []

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample
 from pipeline.storage import Output
 from pipeline.write import write_part
-from schemas.errors import ImageMissing, QuestionsMalformed
+from schemas.errors import ImageMissing, QuestionsMalformed, SpecError
 from schemas.job import JobSpec, StorageSpec
 from tests.answered import FINGERPRINT, answered, end, failed, row
 
@@ -77,11 +78,15 @@ def answer_rows(job: JobSpec) -> list[Rows]:
 
 
 def answer(job: JobSpec, groups: list[Rows]) -> AnswerTable:
-    """Commit the rows as a run does, a part for each source row."""
+    """Commit the rows as a run does, a part for each source row, of the shards as they are now."""
+    identity = {shard.uri: shard.identity for shard in open_source(job.source).list()}
     table = AnswerTable(job.output, keep={}, fingerprint=FINGERPRINT)
     table.open([])
     for rows in groups:
-        part = answered(rows)
+        part = answered(
+            {**r, "shard_identity": identity.get(r["source_uri"], r["shard_identity"])}
+            for r in rows
+        )
         table.commit(write_part(part, output=job.output, keep={}, fingerprint=FINGERPRINT))
         table.fold()
     table.finish()
@@ -196,14 +201,88 @@ def test_a_truncated_part_is_found_with_the_rows_that_it_held(job: JobSpec) -> N
     assert report.missing.count == rows
 
 
-def test_a_part_whose_pages_are_damaged_is_found(job: JobSpec) -> None:
+@pytest.mark.parametrize("column", ["source_index", "answer", "model"])
+def test_a_part_whose_pages_are_damaged_is_found(job: JobSpec, column: str) -> None:
     answer(job, answer_rows(job))
     file = parts(job)[0]
     data = file.read_bytes()
-    start = pq.read_metadata(file).row_group(0).column(1).data_page_offset
+    group = pq.read_metadata(file).row_group(0)
+    chunks = (group.column(n) for n in range(group.num_columns))
+    (start,) = (c.data_page_offset for c in chunks if c.path_in_schema == column)
     file.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+    report = verify(job)
+    (fault,) = report.faults
+    assert not report.ok
+    assert fault.file == f"answers/{file.name}"
+    assert "its rows are damaged" in fault.reason
+
+
+def blanked(table: pa.Table, column: str) -> pa.Table:
+    """The table with nothing in one column."""
+    place = table.schema.get_field_index(column)
+    return table.set_column(place, column, pa.nulls(len(table), table.schema.field(column).type))
+
+
+def test_an_ok_row_without_an_answer_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    for part in parts(job):
+        rewrite(part, lambda table: blanked(table, "answer"))
+    report = verify(job)
+    assert not report.ok
+    wrong = "rows have an answer where status is not ok, or none where it is; the first is {"
+    assert {fault.reason[1 : len(wrong) + 2] for fault in report.faults} == {f" {wrong}"}
+    assert sum(int(fault.reason[0]) for fault in report.faults) == report.counts["ok"]
+
+
+def test_an_answer_in_a_row_that_is_not_ok_is_found(job: JobSpec) -> None:
+    rows = answer_rows(job)
+    rows[3] = [{**rows[3][0], "answer": "red"}]
+    answer(job, rows)
     (fault,) = verify(job).faults
-    assert "cannot be read" in fault.reason
+    assert fault.reason.startswith("1 rows have an answer where status is not ok")
+    assert "'source_index': 3" in fault.reason
+
+
+@pytest.mark.parametrize("column", ["error_stage", "error_message"])
+def test_a_failed_row_that_does_not_say_why_is_found(job: JobSpec, column: str) -> None:
+    rows = answer_rows(job)
+    rows[3] = [{**rows[3][0], column: None}]
+    answer(job, rows)
+    report = verify(job)
+    (fault,) = report.faults
+    assert not report.ok
+    assert fault.reason.startswith("1 rows have status failed without all of error_stage")
+
+
+def test_answers_to_another_version_of_a_shard_are_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    shard = open_source(job.source).list()[1]
+    os.utime(shard.uri, (1, 1))
+    now = open_source(job.source).list()[1].identity
+    report = verify(job)
+    assert not report.ok
+    assert report.missing.count == report.unexpected.count == 0
+    reason = f"answers another version of {shard.uri}: was {shard.identity!r}, is now {now!r}"
+    assert {fault.reason for fault in report.faults} == {reason}
+
+
+def test_an_output_that_cannot_be_read_is_a_spec_error(job: JobSpec, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = job.output.model_copy(update={"path": str(tmp_path / "file" / "out")})
+    with pytest.raises(SpecError, match=r"file/out cannot be read \(.*; check the path and the"):
+        verify(job.model_copy(update={"output": output}))
+
+
+def test_a_store_without_credentials_is_a_spec_error(
+    job: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage = StorageSpec(endpoint_url="http://127.0.0.1:9")
+    output = job.output.model_copy(update={"path": "s3://nobucket/x", "storage": storage})
+    with pytest.raises(SpecError, match="cannot be read"):
+        verify(job.model_copy(update={"output": output}))
 
 
 def test_other_columns_are_found(job: JobSpec) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.coverage import Ranges, ShardCoverage
 from pipeline.footer import NULL_QUESTION, Failures, Fingerprint, Footer, Tally
-from pipeline.parts import RECEIPT, read_info, read_part
+from pipeline.parts import RECEIPT, part_bytes, read_info, read_part
 from pipeline.storage import Output
 from pipeline.write import write_part
 from schemas.errors import JobError
@@ -27,6 +27,14 @@ def write(table: pa.Table, path: Path, **keep: pa.DataType) -> dict:
     footer = read_info(Output(str(path), StorageSpec()), receipt["part"]).footer
     assert footer == Footer.from_bytes(receipt["footer"].encode(), name="receipt")
     return {**receipt, "footer": footer}
+
+
+def damage_pages(file: Path, column: str) -> None:
+    data = file.read_bytes()
+    group = pq.read_metadata(file).row_group(0)
+    chunks = (group.column(n) for n in range(group.num_columns))
+    (start,) = (c.data_page_offset for c in chunks if c.path_in_schema == column)
+    file.write_bytes(data[:start] + b"\xff" * 20 + data[start + 20 :])
 
 
 def test_a_part_has_exactly_the_columns_of_the_answer_table(tmp_path: Path) -> None:
@@ -70,11 +78,12 @@ def test_the_footer_tells_coverage_counts_and_failures(tmp_path: Path) -> None:
 
 def test_the_end_mark_of_an_empty_shard_is_a_part_without_rows(tmp_path: Path) -> None:
     receipt = write(answered(end(0)), tmp_path)
-    assert receipt["rows"] == 0
+    assert pq.read_metadata(tmp_path / receipt["part"]).num_rows == 0
     assert receipt["footer"].shards == (ShardCoverage("a.tar", IDENTITY, 0),)
 
 
 def test_a_batch_without_rows_has_no_receipt_and_no_part(tmp_path: Path) -> None:
+    assert RECEIPT.names == ["part", "footer"]
     receipt = write_part(
         pa.table({}), output=OutputSpec(path=str(tmp_path)), keep={}, fingerprint=FINGERPRINT
     )
@@ -136,6 +145,54 @@ def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, damage, message
     with pytest.raises(JobError, match=message) as error:
         read_info(Output(str(tmp_path), StorageSpec()), name)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["source_index", "answer"])
+def test_a_part_whose_rows_are_damaged_is_named_with_the_remedy(
+    tmp_path: Path, column: str
+) -> None:
+    name = write(answered(row(0)), tmp_path)["part"]
+    damage_pages(tmp_path / name, column)
+    with pytest.raises(JobError, match=r"its rows are damaged .* run the job again") as error:
+        read_part(Output(str(tmp_path), StorageSpec()), name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_one_changed_bit_of_an_answer_is_damage(tmp_path: Path) -> None:
+    """Stored as it is: nothing but the page's checksum can tell."""
+    table = pa.table({"answer": ["red"] * 3})
+    footer = Footer((), FINGERPRINT)
+    data = bytearray(part_bytes(table, footer))
+    first = pq.read_metadata(pa.BufferReader(bytes(data))).row_group(0).column(0)
+    at = data.index(b"red", first.dictionary_page_offset)
+    data[at] ^= 1
+    (tmp_path / "part.parquet").write_bytes(data)
+    with pytest.raises(JobError, match="its rows are damaged"):
+        read_part(Output(str(tmp_path), StorageSpec()), "part.parquet")
+
+
+def test_text_that_is_not_utf8_is_damage_where_there_is_no_checksum(tmp_path: Path) -> None:
+    wrong = pa.array([b"caf\xe9"]).view(pa.string())
+    file = tmp_path / "part.parquet"
+    file.write_bytes(part_bytes(pa.table({"answer": wrong}), Footer((), FINGERPRINT)))
+    with pytest.raises(JobError, match="its rows are damaged"):
+        read_part(Output(str(tmp_path), StorageSpec()), file.name)
+
+
+def test_a_footer_whose_end_is_damaged_is_named(tmp_path: Path) -> None:
+    name = write(answered(row(0)), tmp_path)["part"]
+    data = bytearray((tmp_path / name).read_bytes())
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[start : start + 30] = b"\xff" * 30
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(JobError, match="is not a whole Parquet file"):
+        read_info(Output(str(tmp_path), StorageSpec()), name)
+
+
+def test_a_part_that_is_not_there_is_no_damaged_part(tmp_path: Path) -> None:
+    for read in (read_info, read_part):
+        with pytest.raises(FileNotFoundError):
+            read(Output(str(tmp_path), StorageSpec()), "gone.parquet")
 
 
 def test_a_foreign_parquet_file_is_named(tmp_path: Path) -> None:
