@@ -13,6 +13,7 @@ Other keys may stand beside these.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,8 @@ def summary(record: Mapping[str, Any]) -> str:
         f"Table: {_tally(counts)}",
         *_failures(record["failures"]),
         f"It is in {record['table']}; open it with one of",
-        f'  python -c "import pyarrow.dataset as d; print(d.dataset({record["table"]!r})'
+        # This Python has pyarrow; another may not.
+        f'  {sys.executable} -c "import pyarrow.dataset as d; print(d.dataset({record["table"]!r})'
         '.to_table().to_pandas())"',
         f"  duckdb -c \"from '{record['table']}/*.parquet'\"",
     ]

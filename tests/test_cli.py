@@ -279,7 +279,7 @@ RECORD: dict[str, Any] = {
 }
 OPENING = (
     "It is in /out/answers; open it with one of\n"
-    '  python -c "import pyarrow.dataset as d; '
+    f'  {sys.executable} -c "import pyarrow.dataset as d; '
     "print(d.dataset('/out/answers').to_table().to_pandas())\"\n"
     "  duckdb -c \"from '/out/answers/*.parquet'\"\n"
 )
