@@ -30,6 +30,7 @@ check: $(VENV)/dev ## format, lint, types, and which package may import which
 bench: $(VENV)/dev ## exactness and accuracy of the embedded model; prints JSON
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.easy_vqa
+	$(BIN)/python -m benchmarks.embedded_domain
 
 clean: ## remove .venv and what the tools leave behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
