@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check bench soak clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -31,6 +31,9 @@ bench: $(VENV)/dev ## exactness and accuracy of the embedded model; prints JSON
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.easy_vqa
 	$(BIN)/python -m benchmarks.embedded_domain
+
+soak: $(VENV)/dev ## runs that are killed at random, for an hour; prints JSON
+	$(BIN)/python -m tests.soak
 
 clean: ## remove .venv and what the tools leave behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -4,6 +4,7 @@
     1    the job failed (JobError), `verify` found a fault, or the result could not be written
     2    bad usage or spec (SpecError, click's UsageError)
     3    complete, but more rows failed than `max_failed_fraction`
+    75   another run holds the output (OutputHeld); nothing was changed
     130  interrupted (Ctrl-C), 143 terminated (SIGTERM)
 
 An error is one message on stderr; only what nobody foresaw keeps its traceback.
@@ -19,7 +20,7 @@ from typing import Any
 
 import click
 
-from schemas.errors import JobError, LavaflowError, SpecError
+from schemas.errors import JobError, LavaflowError, OutputHeld, SpecError
 
 
 class Status(IntEnum):
@@ -27,6 +28,7 @@ class Status(IntEnum):
     FAILED = 1
     BAD_USAGE = 2
     TOO_MANY_FAILED = 3
+    OUTPUT_HELD = 75
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -36,8 +38,14 @@ class Terminated(BaseException):
 
 
 def terminate(signum: int, frame: FrameType | None) -> None:
-    """Signal handler for SIGTERM. `ray.init` puts its own in its place: set it again after that."""
+    """Signal handler for SIGTERM; `run` has its own (`stop.py`)."""
     raise Terminated
+
+
+def status_of(error: LavaflowError) -> Status:
+    if isinstance(error, SpecError):
+        return Status.BAD_USAGE
+    return Status.OUTPUT_HELD if isinstance(error, OutputHeld) else Status.FAILED
 
 
 def print_result(text: str, *, nl: bool = True) -> None:
@@ -72,7 +80,7 @@ class StatusGroup(click.Group):
             status = error.exit_code
         except LavaflowError as error:
             click.echo(f"Error: {error}", err=True)
-            status = Status.BAD_USAGE if isinstance(error, SpecError) else Status.FAILED
+            status = status_of(error)
         except click.Abort:
             click.echo("Interrupted; the same command goes on from here.", err=True)
             status = Status.INTERRUPTED

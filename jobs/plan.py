@@ -1,7 +1,7 @@
-"""What a run would do: everything that can be checked or counted before Ray starts.
+"""What a run would do: everything that can be checked or counted without the output.
 
-A mistake in the spec, the source, the model's path or the output is found here, while nothing has
-been loaded or started.
+A mistake in the spec, the source or the model's path is found here, while nothing has been loaded,
+started or written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.commit import AnswerTable
+from pipeline.coverage import Coverage
 from pipeline.engine.checkpoint import check_model, open_checkpoint
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
@@ -24,23 +25,26 @@ from schemas.tables import RESERVED_COLUMNS
 
 @dataclass(frozen=True)
 class Plan:
-    """A job whose every part exists, and what its output holds already."""
+    """A job whose every part exists; of its output, nothing is known yet."""
 
     job: JobSpec
     shards: Sequence[Shard]
     keep: Mapping[str, pa.DataType]
     fingerprint: Fingerprint
-    table: AnswerTable
 
-    def work(self) -> list[ShardWork]:
+    def table(self) -> AnswerTable:
+        """The job's answers, not opened."""
+        return AnswerTable(self.job.output, keep=self.keep, fingerprint=self.fingerprint)
+
+    def work(self, answered: Coverage) -> list[ShardWork]:
         """The shards that are not complete, with what is answered of each."""
-        known = [(s, self.table.coverage.of(s.uri, s.identity)) for s in self.shards]
+        known = [(s, answered.of(s.uri, s.identity)) for s in self.shards]
         units = self.job.units
         return [ShardWork(s, done) for s, done in known if not done.is_complete(units)]
 
 
 def plan(job: JobSpec) -> Plan:
-    """Check the job and look at what its output holds. Raises SpecError for what cannot work."""
+    """Check the job against its source and its model. Raises SpecError for what cannot work."""
     if clash := sorted(set(job.source.keep) & RESERVED_COLUMNS):
         raise SpecError(f"source.keep: {clash[0]!r} is a column of the answer table; drop it")
     if job.source.format == "images" and any(isinstance(ask, AskRow) for ask in job.ask):
@@ -55,10 +59,7 @@ def plan(job: JobSpec) -> Plan:
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
-    table = AnswerTable(job.output, keep=keep, fingerprint=fingerprint)
-    table.output.prepare()
-    table.open(shards)
-    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, table=table)
+    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint)
 
 
 def _check_prompts(job: JobSpec) -> None:

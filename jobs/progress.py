@@ -20,7 +20,8 @@ LOG_INTERVAL_S = 5.0
 class Pace:
     """What has been answered since the start of this run, and how many shards are done of how many.
 
-    `shards_done` counts those that earlier runs completed, too.
+    `shards_done` counts those that earlier runs completed, too; `waiting` are answers that are not
+    in the store yet.
     """
 
     shards_total: int = 0
@@ -29,11 +30,12 @@ class Pace:
     ok: int = 0
     failed: int = 0
     skipped: int = 0
+    waiting: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
     def answers(self) -> int:
-        return self.ok + self.failed + self.skipped
+        return self.ok + self.failed + self.skipped + self.waiting
 
     def elapsed_s(self, now: float) -> float:
         return max(now - self.started, 0.0)
@@ -151,6 +153,11 @@ class Progress:
         self.pace.failed += failed
         self.pace.skipped += skipped
         self.pace.shards_done += shards_done
+        self._display.update(self._line)
+
+    def wait(self, answers: int) -> None:
+        """Set how many answers are not in the store yet."""
+        self.pace.waiting = answers
         self._display.update(self._line)
 
     def stop(self) -> None:

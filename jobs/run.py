@@ -1,39 +1,45 @@
-"""Runs a job: plan, answer what is missing, fold, record.
+"""Runs a job: plan, hold the output, answer what is missing, fold, record.
 
 The output is the checkpoint: whatever ends a run early, the same command goes on from what is
-durable. One run per output is assumed, not yet enforced.
+durable.
 """
 
 import contextlib
 import datetime
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 from rich.console import Console
 
 from jobs.domain import warning_of
-from jobs.exits import terminate
+from jobs.exits import Terminated
 from jobs.plan import Plan, plan
 from jobs.progress import Progress
-from pipeline.commit import write_run_record
+from jobs.stop import REASONS, Stop
+from pipeline.commit import AnswerTable, write_run_record
 from pipeline.footer import STATUSES, Footer, Tally
+from pipeline.lease import Lease, hold
 from pipeline.parts import ANSWERS
+from pipeline.read import ShardWork
 from pipeline.resources import Resources, check_fits, resolve_resources
 from pipeline.storage import store_errors
+from pipeline.write import store_failures_as_job_errors
 from schemas.errors import JobError, SpecError
 from schemas.job import JobSpec
+
+if TYPE_CHECKING:
+    from pipeline import flow
 
 MOST_PASSES = 3
 """A pass answers whatever no part covers; rows are left over where a store has failed."""
 PAUSE_S = 5.0
 """Between passes, times their number: a store that fails is given time."""
+TICK_S = 0.25
 
 RECORDED_VERSIONS = ("lavaflow", "ray", "torch", "transformers", "pyarrow", "pillow")
 
@@ -49,18 +55,17 @@ class RunResult:
 def run_job(job: JobSpec, *, address: str | None, console: Console) -> RunResult:
     """Answer everything that the job asks and its output does not hold yet.
 
-    Raises SpecError before anything is answered, JobError where the job cannot go on.
+    Raises SpecError before anything is answered, OutputHeld where another run holds the output,
+    JobError where the job cannot go on. Stopped by a signal, it raises KeyboardInterrupt or
+    Terminated when what was in flight is durable.
     """
     planned = plan(job)
-    run = _Run(planned, console)
-    try:
-        with _store_failures_as_job_errors(planned):
-            run.answer(address)
-            planned.table.finish()
-    except BaseException as error:
-        run.record(ended=f"{type(error).__name__}: {error}".removesuffix(": "))
-        raise
-    return RunResult(run.record(ended="complete"), run.too_many_failed())
+    run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s))
+    with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
+        run.stop.listen()
+        run.table.recover(lease)
+        run.table.open(planned.shards)
+        return run.to_its_end(lease, address)
 
 
 @dataclass
@@ -68,22 +73,46 @@ class _Run:
     """One run in the making: what it has done so far."""
 
     plan: Plan
+    table: AnswerTable
     console: Console
+    stop: Stop
     run_id: str = field(default_factory=lambda: new_run_id())
     started_at: datetime.datetime = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)
     )
     first_answer_s: float | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
-    tally_before: Tally = field(init=False)
+    tally_before: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self.tally_before = self.plan.table.tally
         self._start = time.monotonic()
 
-    def answer(self, address: str | None) -> None:
-        if not (work := self.plan.work()):
-            return
+    def hold(self) -> contextlib.AbstractContextManager[Lease]:
+        timeout_s = self.plan.job.output.lease_timeout_s
+        return hold(self.table.output, run_id=self.run_id, timeout_s=timeout_s, say=self._say)
+
+    def to_its_end(self, lease: Lease, address: str | None) -> RunResult:
+        """Answer, fold and record; the table is open."""
+        self.tally_before = self.table.tally
+        try:
+            with store_failures_as_job_errors(self.table.output):
+                if work := self._work():
+                    work = self._answer(work, lease, address)
+                if work:
+                    self._end_early(work)
+                self.table.finish()
+        except BaseException as error:
+            self.record(ended=_ended(error), patience_s=0.0)
+            if isinstance(error, tuple(REASONS.values())):
+                self._say(f"{self.table.tally.rows:,} answers are durable")
+            raise
+        return RunResult(self.record(ended="complete"), self.too_many_failed())
+
+    def _work(self) -> list[ShardWork]:
+        return self.plan.work(self.table.coverage)
+
+    def _answer(self, work: list[ShardWork], lease: Lease, address: str | None) -> list[ShardWork]:
+        """Answer the shards; returns what is left of them."""
         self.record(ended="running")
         if warning := warning_of(self.plan.job, work):
             self.console.print(
@@ -92,66 +121,90 @@ class _Run:
         self._say(f"{len(work):,} of {len(self.plan.shards):,} shards to answer; starting Ray")
         # Imported here: a run with nothing to do should not wait for ray.
         from pipeline import flow
+        from pipeline.session import session
 
-        with flow.session(address) as cluster:
-            _raise_on_sigterm()
-            resources = resolve_resources(self.plan.job.resources, cluster)
-            self._check_fits(resources, cluster, is_ours=not address)
-            self.resources = {**vars(resources), "cluster": _plain(cluster)}
+        with (
+            _sigterm_while_ray_starts(),
+            session(address) as cluster,
+            Progress(self.console) as progress,
+        ):
             run = flow.Run(
                 job=self.plan.job,
                 keep=self.plan.keep,
                 run_id=self.run_id,
                 fingerprint=self.plan.fingerprint,
-                resources=resources,
+                resources=self._resources(cluster, is_ours=not address),
             )
-            with Progress(self.console) as progress:
-                progress.start(len(self.plan.shards), len(self.plan.shards) - len(work))
-                for number in range(MOST_PASSES):
-                    time.sleep(number * PAUSE_S)
-                    for receipt in flow.answer(run, work):
-                        self._commit(receipt, progress)
-                    if not (work := self.plan.work()):
-                        return
+            progress.start(len(self.plan.shards), len(self.plan.shards) - len(work))
+            for number in range(MOST_PASSES):
+                self._pause(number * PAUSE_S)
+                if self.stop.is_asked:
+                    break
+                steps = flow.answer(run, work, stop=self.stop.asked, say=self._say)
+                with contextlib.closing(steps):
+                    for step in steps:
+                        self._take(step, lease, progress)
+                if not (work := self._work()):
+                    break
+        return work
+
+    def _end_early(self, work: Sequence[ShardWork]) -> NoReturn:
+        if self.stop.is_asked:
+            self.table.close()
+            raise self.stop.reason
         raise JobError(
             f"{work[0].shard.uri} and {len(work) - 1} more shards could not be read to their end "
             f"in {MOST_PASSES} passes; see that the store can be reached and run the same command "
             "again: it goes on from here"
         )
 
-    def _check_fits(
-        self, resources: Resources, cluster: Mapping[str, float], *, is_ours: bool
-    ) -> None:
+    def _resources(self, cluster: Mapping[str, float], *, is_ours: bool) -> Resources:
         """A machine cannot grow; a cluster may, so there a warning has to do."""
+        resources = resolve_resources(self.plan.job.resources, cluster)
+        self.resources = {**vars(resources), "cluster": _plain(cluster)}
         try:
             check_fits(resources, cluster)
         except SpecError as error:
             if is_ours:
                 raise
             self._say(f"Waiting until the cluster has grown: {error}")
+        return resources
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.stop.is_asked:
+            time.sleep(min(TICK_S, seconds))
+
+    def _take(self, step: "flow.Step", lease: Lease, progress: Progress) -> None:
+        if lease.lost:
+            raise lease.lost
+        if self.first_answer_s is None and (step.waiting or step.receipt.num_rows):
+            self.first_answer_s = self._elapsed_s()
+        progress.wait(step.waiting)
+        if step.receipt.num_rows:
+            self._commit(step.receipt, progress)
 
     def _commit(self, receipt: pa.Table, progress: Progress) -> None:
-        if self.first_answer_s is None:
-            self.first_answer_s = self._elapsed_s()
-        table, units = self.plan.table, self.plan.job.units
+        table, units = self.table, self.plan.job.units
         parts = [
             Footer.from_bytes(f.encode(), name="receipt") for f in receipt["footer"].to_pylist()
         ]
         touched = {(shard.uri, shard.identity) for part in parts for shard in part.shards}
         done_before = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         table.commit(receipt)
-        table.fold()
+        if not self.stop.is_asked:
+            table.fold()
         done = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         counts = sum((part.tally for part in parts), Tally()).counts
         progress.advance(**counts, shards_done=done - done_before)
 
     def too_many_failed(self) -> bool:
-        tally = self.plan.table.tally
+        tally = self.table.tally
         return tally.counts["failed"] > self.plan.job.max_failed_fraction * tally.rows
 
-    def record(self, *, ended: str) -> dict[str, Any]:
+    def record(self, *, ended: str, patience_s: float | None = None) -> dict[str, Any]:
         """Write and return what happened; where the store refuses, say so and go on."""
-        tally, before = self.plan.table.tally, self.tally_before
+        tally, before = self.table.tally, self.tally_before
         elapsed_s = self._elapsed_s()
         new = {status: tally.counts[status] - before.counts[status] for status in STATUSES}
         record = {
@@ -162,7 +215,7 @@ class _Run:
             "elapsed_s": round(elapsed_s, 3),
             "first_answer_s": self.first_answer_s and round(self.first_answer_s, 3),
             "answers_per_s": round(sum(new.values()) / elapsed_s, 3) if elapsed_s else 0.0,
-            "table": f"{self.plan.table.output.uri}/{ANSWERS}",
+            "table": f"{self.table.output.uri}/{ANSWERS}",
             "shards": len(self.plan.shards),
             "counts": dict(tally.counts),
             "new": new,
@@ -172,8 +225,11 @@ class _Run:
             "versions": {name: version(name) for name in RECORDED_VERSIONS},
             "spec": self.plan.job.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         }
+        output = self.table.output
+        if patience_s is not None:
+            output = output.with_patience(patience_s)
         try:
-            write_run_record(self.plan.table.output, self.run_id, record)
+            write_run_record(output, self.run_id, record)
         except store_errors() as error:
             self._say(f"could not write runs/{self.run_id}.json: {error}")
         return record
@@ -186,26 +242,23 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _store_failures_as_job_errors(planned: Plan) -> Iterator[None]:
+def _sigterm_while_ray_starts() -> Iterator[None]:
+    """Until Ray has started, its own handler is in place."""
     try:
         yield
-    except store_errors() as error:
-        raise JobError(
-            f"{planned.table.output.uri}: the store failed: {error}; run the same command again: "
-            "it goes on from here"
-        ) from error
+    except SystemExit as error:
+        raise Terminated from error
+
+
+def _ended(error: BaseException) -> str:
+    names = {KeyboardInterrupt: "interrupted", Terminated: "terminated"}
+    return names.get(type(error)) or f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def new_run_id() -> str:
     """Sorts by time, and is nobody else's."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%S%f}Z-{uuid.uuid4().hex[:6]}"
-
-
-def _raise_on_sigterm() -> None:
-    """Ray puts a handler in place that exits with the signal's number; ours cleans up."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
 
 
 def _plain(cluster: Mapping[str, float]) -> dict[str, float]:

@@ -2,13 +2,11 @@
 
     write_part (workers)            AnswerTable (driver)
     staging/KEY.parquet   ------>   answers/part-KEY.parquet
-    one part a batch                parts of about `rows_per_file`
+    one part an interval            parts of `rows_per_file`
 
-A fold publishes first and removes from staging afterwards: killed in between, it leaves staged
-parts that `answers/` covers, which the next run's fold removes. Whoever lists `answers/` sees every
-row at most once. Leftovers in `.tmp` are of publications that never happened, and harmless.
-
-One run per output is assumed here, not enforced. This module knows no ray.
+A fold is recorded as an intent, published, and only then removed from staging: killed in between,
+it leaves what the next run finishes. Whoever lists `answers/` sees every row at most once.
+Leftovers in `.tmp` are of publications that never happened, and harmless. Knows no ray.
 """
 
 import json
@@ -16,51 +14,79 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.coverage import Coverage, Ranges
-from pipeline.fold import added_coverage, fold_parts
+from pipeline.compatibility import (
+    added_questions,
+    check_fingerprint,
+    check_own_ids,
+    check_schema,
+    check_shards,
+)
+from pipeline.coverage import Coverage
+from pipeline.fold import Part, Shards, Share, added_coverage, cut, fold_parts, rows_of
 from pipeline.footer import Fingerprint, Footer, Tally
+from pipeline.intents import Intent, Intents
+from pipeline.ledger import Ledger
 from pipeline.parts import (
     ANSWERS,
     STAGING,
     SUFFIX,
     PartInfo,
     part_bytes,
-    read_columns,
     read_info,
     read_part,
+    tally_of,
 )
 from pipeline.sources.base import Shard
-from pipeline.storage import Output
-from schemas.errors import JobError, SpecError
-from schemas.job import ROW_QUESTIONS, OutputSpec
+from pipeline.storage import READERS, Output
+from schemas.errors import JobError
+from schemas.job import OutputSpec
 from schemas.tables import answer_schema
 
-READERS = 16
-"""Parts that are read at the same time; they wait for the store, not for a CPU."""
-PLACE = ("source_uri", "source_index", "question_id")
+
+class Holder(Protocol):
+    """The lease under which a run writes (`lease.py`)."""
+
+    number: int
+
+    def check(self) -> None:
+        """Raises OutputHeld once another run holds the output."""
 
 
 class AnswerTable:
-    """The answers of one output, as its parts' footers tell them."""
+    """The answers of one output, as its parts' footers tell them.
+
+    `open` reads; everything that writes wants `recover` before it.
+    """
 
     def __init__(
         self, spec: OutputSpec, *, keep: Mapping[str, pa.DataType], fingerprint: Fingerprint
     ) -> None:
-        self.output = Output(spec.path, spec.storage)
+        self.output = Output(spec.path, spec.storage, retry_s=spec.retry_s)
         self._rows_per_file = spec.rows_per_file
         self._schema = answer_schema(keep, prompts=spec.prompts)
         self._fingerprint = fingerprint
-        self._answers: dict[str, Footer] = {}
-        self._staged: dict[str, Footer] = {}
-        self._covered: list[str] = []
-        self._folded = Coverage()
+        self._ledger = Ledger(self._schema)
+        self._staged: dict[str, Share] = {}
+        self._covered: set[str] = set()
         self.coverage = Coverage()
         """What is answered, folded or staged; grows as parts are committed."""
+
+    def recover(self, lease: Holder) -> None:
+        """Become the one that writes: finish what a run that is no more has left open.
+
+        Raises as `open` does.
+        """
+        self._lease = lease
+        self._intents = Intents(self.output, lease_number=lease.number)
+        self.output.remove_leftovers()
+        self._read_answers()
+        for name, intent in self._intents.open().items():
+            self._finish_fold(intent)
+            self.output.remove(name)
 
     def open(self, shards: Sequence[Shard]) -> None:
         """Learn what the output holds. Changes nothing there.
@@ -69,21 +95,17 @@ class AnswerTable:
         other columns, a shard of the source that has changed, or a question added under an id
         that rows' own questions have; JobError for a damaged part.
         """
-        for part in self._read_new(ANSWERS):
-            self._answers[part.name] = part.footer
-            _add_all(self._folded, part.footer)
-            _add_all(self.coverage, part.footer)
-        for part in self._read_new(STAGING):
-            self._stage(part.name, part.footer)
-        self._check_shards(shards)
-        self._check_own_ids(shards)
+        self._read_answers()
+        self._read_staged()
+        check_shards(self.coverage, shards, place=self.output.uri)
+        units = self._fingerprint.questions
+        if added := added_questions(self.coverage, shards, units=units):
+            check_own_ids(self.output, [*self._ledger.names, *self._staged], added=added)
 
     @property
     def tally(self) -> Tally:
-        """What became of all rows so far. Exact after `finish`; until then, work that Ray has
-        repeated with other batch borders is counted twice."""
-        footers = [*self._answers.values(), *self._staged.values()]
-        return reduce(add, (footer.tally for footer in footers), Tally())
+        """What became of all rows so far."""
+        return reduce(add, (share.tally for share in self._staged.values()), self._ledger.tally)
 
     def commit(self, receipt: pa.Table) -> None:
         """Take note of parts that are staged and durable."""
@@ -91,154 +113,167 @@ class AnswerTable:
             self._stage(row["part"], Footer.from_bytes(row["footer"].encode(), name=row["part"]))
 
     def fold(self) -> None:
-        """Fold staged parts while they fill a file."""
-        while sum(footer.tally.rows for footer in self._staged.values()) >= self._rows_per_file:
-            self._fold_some()
+        """Fold staged parts while they fill a file. Raises OutputHeld where the lease is lost."""
+        while sum(share.tally.rows for share in self._staged.values()) >= self._rows_per_file:
+            self._fold_file()
+        self._remove_covered()
 
     def finish(self) -> None:
         """Fold everything that is staged, whoever staged it; leaves staging empty."""
-        for part in self._read_new(STAGING):
-            self._stage(part.name, part.footer)
+        self._read_staged()
         while self._staged:
-            self._fold_some()
+            self._fold_file()
+        self.close()
+
+    def close(self) -> None:
+        """End here: what is staged waits for the next run."""
         self._remove_covered()
+        self._write_ledger()
+
+    def _read_answers(self) -> None:
+        there = self.output.identities(ANSWERS, suffix=SUFFIX)
+        if not self._ledger.names and (ledger := Ledger.read(self.output, there=there)):
+            self._check(ledger.fingerprint, ledger.schema, name=ANSWERS)
+            self._ledger = ledger
+            self.coverage.add_all(ledger.coverage)
+        for part in self._read_infos(there.keys() - self._ledger.names):
+            self._add_part(part.name, part.footer)
+
+    def _read_staged(self) -> None:
+        names = set(self.output.names(STAGING, suffix=SUFFIX))
+        for part in self._read_infos(names - self._staged.keys() - self._covered):
+            self._stage(part.name, part.footer)
+
+    def _read_infos(self, names: set[str]) -> list[PartInfo]:
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = list(pool.map(lambda name: read_info(self.output, name), sorted(names)))
+        for part in parts:
+            self._check(part.footer.fingerprint, part.schema, name=part.name)
+        return parts
+
+    def _check(self, fingerprint: Fingerprint, schema: pa.Schema, *, name: str) -> None:
+        place = f"{self.output.uri}/{name}"
+        check_fingerprint(fingerprint, self._fingerprint, place=place)
+        check_schema(schema, self._schema, place=place)
+
+    def _add_part(self, name: str, footer: Footer) -> None:
+        self._ledger.add(name, footer)
+        self.coverage.add_all(footer.shards)
 
     def _stage(self, name: str, footer: Footer) -> None:
-        if added_coverage(footer.shards, covered=self._folded):
-            self._staged[name] = footer
-            _add_all(self.coverage, footer)
-        else:
-            self._covered.append(name)
+        """Take a staged part's share: what nothing that is known covers already."""
+        if name in self._staged:
+            return
+        shards = added_coverage(footer.shards, covered=self.coverage)
+        if not shards:
+            self._covered.add(name)
+            return
+        tally = footer.tally
+        if shards != footer.shards:
+            (part,) = self._read_parts([name])
+            tally = tally_of(rows_of(part, shards))
+        self._staged[name] = Share(name, shards, tally)
+        self.coverage.add_all(shards)
 
-    def _fold_some(self) -> None:
-        """Whole staged parts, oldest first, until they fill a file: publish, then remove."""
+    def _fold_file(self) -> None:
+        """Staged parts, oldest first, until a file is full: record, publish, remove."""
+        parts, taken, left = self._next_fold()
+        answers, footer = fold_parts(parts, list(taken.values()))
+        name = part_name(footer)
+        emptied = tuple(staged for staged in taken if staged not in left)
+        intent = self._intents.record(Intent(name, taken, emptied))
+        self._lease.check()
+        self._publish(name, answers, footer)
+        self._staged |= left
+        for staged in emptied:
+            del self._staged[staged]
+        self._covered |= set(emptied)
+        self._remove_covered()
+        self.output.remove(intent)
+        if self._ledger.is_behind:
+            self._write_ledger()
+
+    def _next_fold(self) -> tuple[list[Part], dict[str, Shards], dict[str, Share]]:
+        """Parts that fill one file, what it takes of each, and what it leaves of the last."""
         names, rows = [], 0
-        for name, footer in self._staged.items():
-            names.append(name)
-            rows += footer.tally.rows
+        for share in self._staged.values():
+            names.append(share.name)
+            rows += share.tally.rows
             if rows >= self._rows_per_file:
                 break
         parts = self._read_parts(names)
-        answers, footer = fold_parts(parts, covered=self._folded)
-        if footer.shards:
-            self._publish(answers, footer)
-        for name in names:
-            del self._staged[name]
-        self._covered += names
+        taken = {name: self._staged[name].shards for name in names}
+        last, left = self._staged[names[-1]], {}
+        if (over := rows - self._rows_per_file) > 0:
+            room = last.tally.rows - over
+            head, tail = cut(parts[-1], last.shards, most=room, is_first=len(names) == 1)
+            if tail:
+                tally = tally_of(rows_of(parts[-1], tail))
+                left[last.name] = Share(last.name, tail, tally)
+            taken[last.name] = head
+            if not head:
+                del taken[last.name], parts[-1]
+        return parts, taken, left
+
+    def _finish_fold(self, intent: Intent) -> None:
+        """Do what a run that is no more, or has lost its lease, was about to do.
+
+        What a run recorded after it had lost its lease is no work: it never published that, and
+        the parts may have been folded otherwise since.
+        """
+        if intent.part not in self._ledger.names:
+            parts = self._read_if_there(intent.staged)
+            # The run may be at it still, and just be done.
+            self._read_answers()
+        if intent.part not in self._ledger.names:
+            if parts is None or self._ledger.coverage.overlaps(intent.shards):
+                return
+            answers, footer = fold_parts(parts, list(intent.staged.values()))
+            self._check(footer.fingerprint, answers.schema, name=intent.part)
+            self._publish(intent.part, answers, footer)
+        self._covered |= set(intent.emptied)
         self._remove_covered()
 
-    def _publish(self, answers: pa.Table, footer: Footer) -> None:
-        name = f"{ANSWERS}/part-{footer.key}{SUFFIX}"
-        published = self.output.publish(name, part_bytes(answers, footer))
-        # An upload that the client tried twice finds its own first try there.
-        if not published and read_info(self.output, name).footer != footer:
-            raise JobError(
-                f"{self.output.uri}/{name} appeared while this run was at work: another run "
-                "writes to this output; let it end, then run this one again"
-            )
-        self._answers[name] = footer
-        _add_all(self._folded, footer)
+    def _publish(self, name: str, answers: pa.Table, footer: Footer) -> None:
+        if not self.output.publish(name, part_bytes(answers, footer)):
+            # The first try of an upload that was tried again, or a run that finished this fold.
+            footer = read_info(self.output, name).footer
+            if name != part_name(footer):
+                raise JobError(
+                    f"{self.output.uri}/{name} is there and covers something else; move it away "
+                    "and run the job again: what it held is answered again"
+                )
+        self._add_part(name, footer)
+
+    def _write_ledger(self) -> None:
+        self._ledger.write(self.output, there=self.output.identities(ANSWERS, suffix=SUFFIX))
 
     def _remove_covered(self) -> None:
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(self.output.remove, self._covered))
-        self._covered = []
+        self._covered.clear()
 
-    def _read_parts(self, names: Sequence[str]) -> list[tuple[pa.Table, Footer]]:
+    def _read_parts(self, names: Iterable[str]) -> list[Part]:
         try:
             with ThreadPoolExecutor(READERS) as pool:
                 return list(pool.map(lambda name: read_part(self.output, name), names))
         except FileNotFoundError as error:
+            self._lease.check()
             raise JobError(
-                f"{self.output.uri}: a staged part is gone ({error}): another run writes to this "
-                "output; let it end, then run this one again"
+                f"{self.output.uri}: a staged part is gone ({error}); run the job again: what it "
+                "held is answered again"
             ) from error
 
-    def _read_new(self, folder: str) -> list[PartInfo]:
-        """The parts of a folder that are not known yet, checked against this run."""
-        known = {*self._answers, *self._staged, *self._covered}
-        names = [n for n in self.output.names(folder, suffix=SUFFIX) if n not in known]
-        with ThreadPoolExecutor(READERS) as pool:
-            parts = list(pool.map(lambda name: read_info(self.output, name), names))
-        for part in parts:
-            self._check_part(part)
-        return parts
-
-    def _check_part(self, part: PartInfo) -> None:
-        place = f"{self.output.uri}/{part.name}"
-        if differences := part.footer.fingerprint.differences(self._fingerprint):
-            raise SpecError(
-                f"{place} was answered otherwise: {'; '.join(differences)}. "
-                "Give another output.path, or put the old value back"
-            )
-        if not part.schema.equals(self._schema):
-            raise SpecError(
-                f"{place} has other columns than this run would write: "
-                f"{_schema_differences(part.schema, self._schema)}. Give another output.path, or "
-                "put source.keep and output.prompts back"
-            )
-
-    def _check_shards(self, shards: Iterable[Shard]) -> None:
-        answered = {shard.uri: shard.identity for shard in self.coverage}
-        for shard in shards:
-            if (old := answered.get(shard.uri, shard.identity)) != shard.identity:
-                raise SpecError(
-                    f"{shard.uri} has changed since it was answered in {self.output.uri}: it was "
-                    f"{old!r}, is now {shard.identity!r}. Give another output.path"
-                )
-
-    def _check_own_ids(self, shards: Iterable[Shard]) -> None:
-        """Two answers of one row under one id could not be told apart.
-
-        Reads the ids of rows, and only where a question was added beside answered `questions`.
-        """
-        added = {shard.uri: units for shard in shards if (units := self._added_units(shard))}
-        names = [
-            name
-            for name, footer in {**self._answers, **self._staged}.items()
-            if any(s.uri in added and ROW_QUESTIONS in s.units for s in footer.shards)
-        ]
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda name: self._refuse_own_ids(name, added=added), names))
-
-    def _added_units(self, shard: Shard) -> dict[str, Ranges]:
-        """By question id, the rows that lack its answer and have those to questions of their own.
-
-        Where a row has both, its own ids were held against the question's when it was answered.
-        """
-        known = self.coverage.of(shard.uri, shard.identity).units
-        if ROW_QUESTIONS not in known:
-            return {}
-        own = known[ROW_QUESTIONS]
-        asked = [unit for unit in self._fingerprint.questions if known.get(unit) != own]
-        lacking = {unit: own - known.get(unit, Ranges()) for unit in asked}
-        return {unit: rows for unit, rows in lacking.items() if rows.pairs}
-
-    def _refuse_own_ids(self, name: str, *, added: Mapping[str, Mapping[str, Ranges]]) -> None:
-        ids = read_columns(self.output, name, PLACE)
-        units = pa.array({unit for units in added.values() for unit in units}, pa.string())
-        suspects = ids.filter(pc.is_in(ids["question_id"], value_set=units)).to_pylist()
-        for row in suspects:
-            uri, index, unit = (row[name] for name in PLACE)
-            if index in added.get(uri, {}).get(unit, Ranges()):
-                raise SpecError(
-                    f"the id {unit!r} is already used by rows' own questions in {self.output.uri}; "
-                    f"give the question another id. One of them is {uri} row {index}"
-                )
+    def _read_if_there(self, names: Iterable[str]) -> list[Part] | None:
+        try:
+            return [read_part(self.output, name) for name in names]
+        except FileNotFoundError:
+            return None
 
 
-def _add_all(coverage: Coverage, footer: Footer) -> None:
-    for shard in footer.shards:
-        coverage.add(shard)
-
-
-def _schema_differences(old: pa.Schema, new: pa.Schema) -> str:
-    was = {field.name: field.type for field in old}
-    now = {field.name: field.type for field in new}
-    # Arrow's equality, unlike the types' text, passes over the name that a list gives its items.
-    changed = [n for n in {**was, **now} if n not in was or n not in now or was[n] != now[n]]
-    lines = [f"{name}: was {was.get(name)}, is now {now.get(name)}" for name in changed]
-    return "; ".join(lines) or f"their order: was {list(was)}, is now {list(now)}"
+def part_name(footer: Footer) -> str:
+    """Where a part of the table is published: by what it covers."""
+    return f"{ANSWERS}/part-{footer.key}{SUFFIX}"
 
 
 def write_run_record(output: Output, run_id: str, record: Mapping[str, Any]) -> None:

@@ -119,8 +119,19 @@ class Coverage:
 
     def __init__(self, shards: Iterable[ShardCoverage] = ()) -> None:
         self._shards: dict[tuple[str, str], ShardCoverage] = {}
+        self.add_all(shards)
+
+    def add_all(self, shards: Iterable[ShardCoverage]) -> None:
         for shard in shards:
             self.add(shard)
+
+    def overlaps(self, shards: Iterable[ShardCoverage]) -> bool:
+        """Whether any answer that these shards cover is covered here."""
+        return any(
+            (ranges & self.of(shard.uri, shard.identity).units.get(unit, Ranges())).pairs
+            for shard in shards
+            for unit, ranges in shard.units.items()
+        )
 
     def add(self, shard: ShardCoverage) -> None:
         key = (shard.uri, shard.identity)

@@ -1,22 +1,23 @@
 """The chain that every row goes through, top to bottom. The only importer of ray.data.
 
     read  ->  prepare  ->  generate  ->  write
-    tasks     CPU actors   accelerator   tasks
+    tasks     CPU actors   accelerator   tasks that the driver starts (`gather.py`)
                            actors
 
 Blocks are cut to one batch before the first actor, so that each call of a stage is one batch and
-what a kill can cost is a batch in flight, not a shard.
+what a kill can cost is a batch in flight and what was gathered, not a shard. When the run is told
+to stop, the stages find the gate closed (`gate.py`).
 """
 
 import contextlib
 import functools
 import logging
-import os
 import pickle
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Self
 
 import pyarrow as pa
 import ray
@@ -24,16 +25,20 @@ import ray.data
 
 from pipeline.encode import Encode
 from pipeline.footer import Fingerprint
+from pipeline.gate import Gate
+from pipeline.gather import Gathered
 from pipeline.generate import Generate
 from pipeline.read import ShardWork, read_shards
 from pipeline.resources import Resources
-from pipeline.write import write_part
 from schemas.errors import JobError, LavaflowError
 from schemas.job import JobSpec
+from schemas.tables import PREPARED, answered_schema, with_keep
 
-CONNECT_TIMEOUT_S = 5.0
 FILES_PER_TASK = 64
 """Shards of a single row (image files) that one read task takes; other shards get a task each."""
+TICK_S = 0.25
+BUNDLES_AHEAD = 2
+JOIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,58 @@ class Run:
     resources: Resources
 
 
-def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
-    """Answer the missing rows of the shards; yields the receipt of each part as it is durable.
+@dataclass(frozen=True)
+class Step:
+    """How far the work is. `receipt`: RECEIPT rows of parts that are durable since the last step.
 
-    Raises JobError where Ray gives up. Needs `session`.
+    `waiting`: rows that are answered and not durable yet.
     """
+
+    receipt: pa.Table
+    waiting: int
+
+
+def answer(
+    run: Run, work: Sequence[ShardWork], *, stop: threading.Event, say: Callable[[str], None]
+) -> Generator[Step, None, None]:
+    """Answer the missing rows of the shards; gives the receipt of each part as it is durable.
+
+    There is a step at least every TICK_S or so, whether anything has happened or not. Once `stop`
+    is set, nothing new begins, and it ends when what was in flight is durable. Raises JobError
+    where Ray gives up, when what was answered until then is durable. Closing it ends the work at
+    once. Needs a Ray session.
+    """
+    _quiet()
+    gate = Gate()
+    gathered = Gathered(run.job.output, keep=run.keep, fingerprint=run.fingerprint, say=say)
+    interval_s = run.job.output.commit_interval_s
+    with _errors_of_the_job(), _Execution(_chain(run, work, gate)) as execution:
+        while not execution.is_over:
+            if stop.is_set():
+                interval_s = 0.0
+                if gate.rows_after_close("generate") == execution.rows:
+                    break
+            if gathered.has_room and (bundle := execution.take(timeout_s=TICK_S)) is not None:
+                gathered.add(bundle)
+            gathered.write(older_than_s=interval_s)
+            receipt = gathered.receipt(timeout_s=0.0 if gathered.has_room else TICK_S)
+            yield Step(receipt, gathered.rows)
+        while gathered.rows:
+            gathered.write(older_than_s=0.0)
+            yield Step(gathered.receipt(timeout_s=TICK_S), gathered.rows)
+        execution.raise_error()
+
+
+def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
     job, keep, r = run.job, run.keep, run.resources
-    chain = (
-        _samples(run, work)
+    prepare = functools.partial(Encode, job, keep)
+    generate = functools.partial(Generate, job, keep, run_id=run.run_id, threads=r.generate_threads)
+    prepared, answered = with_keep(PREPARED, keep), answered_schema(keep)
+    return (
+        _samples(run, work, gate)
         .map_batches(
             Stage,
-            fn_constructor_args=(functools.partial(Encode, job, keep),),
+            fn_constructor_args=("prepare", prepare, gate, prepared.empty_table()),
             batch_size=r.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -67,35 +113,22 @@ def answer(run: Run, work: Sequence[ShardWork]) -> Iterator[pa.Table]:
         )
         .map_batches(
             Stage,
-            fn_constructor_args=(
-                functools.partial(
-                    Generate, job, keep, run_id=run.run_id, threads=r.generate_threads
-                ),
-            ),
+            fn_constructor_args=("generate", generate, gate, answered.empty_table()),
             batch_size=r.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
             num_cpus=r.generate_cpus,
             num_gpus=r.generate_gpus,
         )
-        .map_batches(
-            write_part,
-            fn_kwargs={"output": job.output, "keep": keep, "fingerprint": run.fingerprint},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=r.write_cpus,
-        )
     )
-    with _errors_of_the_job():
-        yield from chain.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def _samples(run: Run, work: Sequence[ShardWork]) -> ray.data.Dataset:
+def _samples(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
     """The rows still to be answered, in blocks of one batch."""
     tasks = [{"work": pickle.dumps(group)} for group in groups_of(work)]
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _read,
-        fn_kwargs={"job": run.job, "keep": run.keep},
+        fn_kwargs={"job": run.job, "keep": run.keep, "gate": gate},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=run.resources.read_cpus,
@@ -107,9 +140,15 @@ def _samples(run: Run, work: Sequence[ShardWork]) -> ray.data.Dataset:
     return cut
 
 
-def _read(batch: pa.Table, *, job: JobSpec, keep: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
+def _read(
+    batch: pa.Table, *, job: JobSpec, keep: Mapping[str, pa.DataType], gate: Gate
+) -> Iterator[pa.Table]:
     for group in batch["work"].to_pylist():
-        yield from read_shards(job, pickle.loads(group), keep=keep)
+        for table in read_shards(job, pickle.loads(group), keep=keep):
+            # What is left out here, end marks and all, is read again by the next run.
+            if not gate.is_open():
+                return
+            yield table
 
 
 def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:
@@ -121,13 +160,20 @@ def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:
 
 
 class Stage:
-    """A stage that is built on its actor.
+    """A stage that is built on its actor, and that begins nothing once the gate is closed.
 
     What is wrong with a model or a machine is found there; raised by a constructor, only its text
     would reach the driver, so it is raised by the first call.
     """
 
-    def __init__(self, build: Callable[[], Callable[[pa.Table], pa.Table]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Callable[[pa.Table], pa.Table]],
+        gate: Gate,
+        nothing: pa.Table,
+    ) -> None:
+        self._name, self._gate, self._nothing = name, gate, nothing
         self._error: LavaflowError | None = None
         try:
             self._call = build()
@@ -137,67 +183,67 @@ class Stage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._error:
             raise self._error
-        return self._call(batch)
+        if not self._gate.enter(self._name):
+            return self._nothing
+        made = self._call(batch)
+        self._gate.leave(self._name, rows=made.num_rows)
+        return made
 
 
-@contextlib.contextmanager
-def session(address: str | None) -> Iterator[dict[str, float]]:
-    """A Ray session, here or on the cluster at `address`; gives the cluster's resources.
+class _Execution:
+    """A chain at work. Its bundles come through a thread, so that who takes them can look up."""
 
-    A session that the caller has opened with `ray.init` is used as it is, and left open.
+    def __init__(self, chain: ray.data.Dataset) -> None:
+        # `Dataset.iter_internal_ref_bundles` starts the same two, waits for the first bundle, and
+        # gives nothing by which the work could be ended before it is over.
+        self._executor = chain._create_executor()
+        self._bundles = chain._build_bundle_iterator(self._executor)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=BUNDLES_AHEAD)
+        self._is_closed = threading.Event()
+        self._error: Exception | None = None
+        self._pump = threading.Thread(target=self._run, name="lavaflow-bundles", daemon=True)
+        self.is_over = False
+        self.rows = 0
+        """Of the bundles that were taken."""
 
-    Ray puts the driver's working directory on its workers' path: connecting from where our own
-    packages live keeps a folder of the user's that is also called `jobs` from being imported.
-    """
-    if ray.is_initialized():
-        _quiet()
-        yield ray.cluster_resources()
-        return
-    _check_reachable(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's C++ side warns on stderr that a restarted actor may miss its constructor's arguments,
-    # which the driver holds for as long as the job runs; and when told not to, says that, too.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    local = {} if address else {"include_dashboard": False}
-    try:
-        with contextlib.chdir(Path(__file__).parents[1]), _without_stderr():
-            # Without an address, Ray would join any cluster that was started on this machine.
-            ray.init(
-                address=address or "local", log_to_driver=False, logging_level="ERROR", **local
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise JobError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
-    try:
-        _quiet()
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str | None) -> None:
-    """Ray itself goes on trying a host that does not answer, for minutes and without a word."""
-    host, colon, port = (address or "").rpartition(":")
-    if not colon or "/" in host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise JobError(
-            f"cannot reach Ray at {address}: {error}; check --address and RAY_ADDRESS"
-        ) from error
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Nothing on this process's stderr, whatever language writes there."""
-    with open(os.devnull, "wb") as nowhere:
-        saved = os.dup(2)
+    def take(self, *, timeout_s: float) -> Any:
+        """The next bundle; None where none comes in time, or `is_over` now."""
         try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            bundle = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        self.is_over = bundle is None
+        self.rows += 0 if bundle is None else bundle.num_rows()
+        return bundle
+
+    def raise_error(self) -> None:
+        """Raise what has ended the work early, if anything has."""
+        if self._error:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for bundle in self._bundles:
+                self._put(bundle)
+        except Exception as error:  # noqa: BLE001 (raised by whoever takes the bundles)
+            self._error = error
+        self._put(None)
+
+    def _put(self, bundle: Any) -> None:
+        while not self._is_closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(bundle, timeout=TICK_S)
+                return
+
+    def __enter__(self) -> Self:
+        self._pump.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed.set()
+        # Forced: actors that are still at work, or still being built, would stay for a while.
+        self._executor.shutdown(force=True)
+        self._pump.join(JOIN_S)
 
 
 def _quiet() -> None:

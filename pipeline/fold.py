@@ -1,57 +1,103 @@
-"""Folding: many small parts into one, every source row's answers once. No files, no store.
+"""Folding: many staged parts into one, every source row's answers once. No files, no store.
 
 Parts may overlap, because Ray repeats work with other batch borders: what an earlier part covers,
-later ones lose. Of an answer row, the unit is its question id where the part covers a unit of that
-name, NULL_QUESTION where the id is null, else `questions`.
+later ones lose. What is left to a part is its share. Of an answer row, the unit is its question id
+where the part covers a unit of that name, NULL_QUESTION where the id is null, else `questions`.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.coverage import Coverage, Ranges, ShardCoverage
-from pipeline.footer import NULL_QUESTION, Footer
+from pipeline.footer import NULL_QUESTION, Footer, Tally
 from pipeline.parts import tally_of
 from schemas.job import ROW_QUESTIONS
 
 Part = tuple[pa.Table, Footer]
+Shards = tuple[ShardCoverage, ...]
 
 
-def fold_parts(parts: Sequence[Part], *, covered: Coverage) -> Part:
-    """One part of what the given ones add to `covered`, in the order of source and question.
+@dataclass(frozen=True)
+class Share:
+    """What one staged part adds to what is covered elsewhere."""
+
+    name: str
+    shards: Shards
+    tally: Tally
+
+
+def added_coverage(shards: Iterable[ShardCoverage], *, covered: Coverage) -> Shards:
+    """What `shards` cover and `covered` does not; shards that add nothing are left out."""
+    return _telling(_added(shard, covered.of(shard.uri, shard.identity)) for shard in shards)
+
+
+def rows_of(part: Part, shards: Shards) -> pa.Table:
+    """The answer rows of the part that this coverage stands for."""
+    table, footer = part
+    if shards == footer.shards:
+        return table
+    asked = {unit for shard in footer.shards for unit in shard.units}
+    units = {shard.uri: shard.units for shard in shards}
+
+    def is_covered(uri: str, index: int, question_id: str | None) -> bool:
+        unit = NULL_QUESTION if question_id is None else question_id
+        ranges = units.get(uri, {}).get(unit if unit in asked else ROW_QUESTIONS)
+        return ranges is not None and index in ranges
+
+    places = (table[name].to_pylist() for name in ("source_uri", "source_index", "question_id"))
+    return table.filter(pa.array(map(is_covered, *places), pa.bool_()))
+
+
+def cut(part: Part, shards: Shards, *, most: int, is_first: bool) -> tuple[Shards, Shards]:
+    """The part's share in two: its first source rows, of at most `most` answers, and the rest.
+
+    The answers of one source row stay together: the first may be empty, but where `is_first` holds
+    it has one source row, however many its answers.
+    """
+    places = rows_of(part, shards).select(["source_uri", "source_index"])
+    places = places.sort_by([("source_uri", "ascending"), ("source_index", "ascending")])
+    if places.num_rows <= most:
+        return shards, ()
+    place = _place(places, most)
+    if is_first and place == _place(places, 0):
+        place = (place[0], place[1] + 1)
+    uri, index = place
+    before = Ranges.of([(0, index)])
+    head, tail = [], []
+    for shard in shards:
+        if shard.uri == uri:
+            # Where the shard ends is told with its last rows.
+            head.append(replace(shard, rows_total=None, units=_units(shard, lambda r: r & before)))
+            tail.append(replace(shard, units=_units(shard, lambda r: r - before)))
+        else:
+            (head if shard.uri < uri else tail).append(shard)
+    return _telling(head), _telling(tail)
+
+
+def _place(places: pa.Table, number: int) -> tuple[str, int]:
+    return places["source_uri"][number].as_py(), places["source_index"][number].as_py()
+
+
+def fold_parts(parts: Sequence[Part], shares: Sequence[Shards]) -> Part:
+    """One part of the shares of the given ones, in the order of source and question.
 
     Raises ValueError where there are no parts.
     """
-    touched = [shard for _, footer in parts for shard in footer.shards]
-    known = Coverage(covered.of(shard.uri, shard.identity) for shard in touched)
-    added = Coverage()
-    tables = []
-    for table, footer in parts:
-        new = added_coverage(footer.shards, covered=known)
-        tables.append(table if new == footer.shards else _rows_of((table, footer), new))
-        for shard in new:
-            known.add(shard)
-            added.add(shard)
+    taken = Coverage(shard for shards in shares for shard in shards)
     fingerprint = reduce(lambda a, b: a | b, [footer.fingerprint for _, footer in parts])
+    tables = [rows_of(part, shards) for part, shards in zip(parts, shares, strict=True)]
     answers = _sorted(pa.concat_tables(tables), units=list(fingerprint.questions))
     footer = Footer(
-        shards=tuple(added),
+        shards=tuple(taken),
         fingerprint=fingerprint,
         run_ids=tuple(sorted({run for _, footer in parts for run in footer.run_ids})),
         tally=tally_of(answers),
     )
     return answers, footer
-
-
-def added_coverage(
-    shards: Iterable[ShardCoverage], *, covered: Coverage
-) -> tuple[ShardCoverage, ...]:
-    """What `shards` cover and `covered` does not; shards that add nothing are left out."""
-    added = (_added(shard, covered.of(shard.uri, shard.identity)) for shard in shards)
-    return tuple(s for s in added if s.units or s.rows_total is not None)
 
 
 def _added(shard: ShardCoverage, known: ShardCoverage) -> ShardCoverage:
@@ -66,19 +112,14 @@ def _added(shard: ShardCoverage, known: ShardCoverage) -> ShardCoverage:
     )
 
 
-def _rows_of(part: Part, added: Sequence[ShardCoverage]) -> pa.Table:
-    """The answer rows of the part that the added coverage stands for."""
-    table, footer = part
-    asked = {unit for shard in footer.shards for unit in shard.units}
-    units = {shard.uri: shard.units for shard in added}
+def _units(shard: ShardCoverage, change: Callable[[Ranges], Ranges]) -> dict[str, Ranges]:
+    changed = {unit: change(ranges) for unit, ranges in shard.units.items()}
+    return {unit: ranges for unit, ranges in changed.items() if ranges.pairs}
 
-    def is_added(uri: str, index: int, question_id: str | None) -> bool:
-        unit = NULL_QUESTION if question_id is None else question_id
-        ranges = units.get(uri, {}).get(unit if unit in asked else ROW_QUESTIONS)
-        return ranges is not None and index in ranges
 
-    places = (table[name].to_pylist() for name in ("source_uri", "source_index", "question_id"))
-    return table.filter(pa.array(map(is_added, *places), pa.bool_()))
+def _telling(shards: Iterable[ShardCoverage]) -> Shards:
+    """Those that say anything."""
+    return tuple(s for s in shards if s.units or s.rows_total is not None)
 
 
 def _sorted(answers: pa.Table, *, units: Sequence[str]) -> pa.Table:

@@ -1,8 +1,8 @@
 """What each stage asks of the cluster: the spec's wishes, completed from what Ray reports.
 
 Actors hold their logical CPUs for as long as they live. On a small machine whole CPUs for each
-stage would leave the read and write tasks nothing, and the job would wait for ever: there every
-stage asks for a fraction. Pure arithmetic: this module probes nothing.
+stage would leave the read tasks nothing, and the job would wait for ever: there every stage asks
+for a fraction. Pure arithmetic: this module probes nothing.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 from schemas.errors import SpecError
 from schemas.job import ResourcesSpec
-
-WRITE_CPUS_SHARE = 0.25
-"""A write task waits for storage most of its time."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class Resources:
     generate_cpus: float
     generate_gpus: float
     generate_threads: int
-    write_cpus: float
     batch_size: int
 
     @property
@@ -36,7 +32,6 @@ class Resources:
             self.read_cpus
             + self.preprocess_actors[0] * self.preprocess_cpus
             + self.generate_actors * self.generate_cpus
-            + self.write_cpus
         )
 
     @property
@@ -67,7 +62,6 @@ def resolve_resources(spec: ResourcesSpec, cluster: Mapping[str, float]) -> Reso
         generate_cpus=generate_cpus,
         generate_gpus=spec.generate.gpus if spec.generate.gpus is not None else min(1.0, gpus),
         generate_threads=max(1, int(cpus // actors)),
-        write_cpus=stage_cpus * WRITE_CPUS_SHARE,
         batch_size=spec.generate.batch_size,
     )
 
@@ -88,6 +82,5 @@ def _stages(r: Resources) -> str:
     return (
         f"read {r.read_cpus:g} CPU, "
         f"preprocess {r.preprocess_actors[0]} x {r.preprocess_cpus:g} CPU, "
-        f"generate {r.generate_actors} x {r.generate_cpus:g} CPU and {r.generate_gpus:g} GPU, "
-        f"write {r.write_cpus:g} CPU"
+        f"generate {r.generate_actors} x {r.generate_cpus:g} CPU and {r.generate_gpus:g} GPU"
     )

@@ -7,10 +7,12 @@ This module knows nothing of samples, Parquet or Ray.
 """
 
 import contextlib
+import copy
 import errno
 import itertools
 import os
 import sys
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+import tenacity
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
@@ -26,6 +29,9 @@ from schemas.job import StorageSpec
 
 GLOB_CHARACTERS = frozenset("*?[")
 MOST_NAMES = 10_000_000
+LEFTOVER_AGE_S = 3600.0
+READERS = 16
+"""Files that are read or removed at the same time; they wait for the store, not for a CPU."""
 FEW_NAMES = 8
 """More names than these in one brace range are looked up in a listing of their folder."""
 
@@ -197,33 +203,40 @@ def has_suffix(name: str, suffixes: Collection[str]) -> bool:
 
 
 class Output:
-    """The folder of one output. Names are relative to it, with `/` between folders."""
+    """The folder of one output. Names are relative to it, with `/` between folders.
 
-    def __init__(self, path: str, storage: StorageSpec) -> None:
+    What the store refuses (full, forbidden, not reached) is tried again at growing intervals for
+    `retry_s` seconds, and raised after that.
+    """
+
+    def __init__(self, path: str, storage: StorageSpec, *, retry_s: float = 0.0) -> None:
         self.fs, self.root = filesystem(path, storage)
         self.uri = uri_of(self.fs, self.root)
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=15.0),
+            stop=tenacity.stop_before_delay(retry_s),
+            reraise=True,
+        )
 
-    def prepare(self) -> None:
-        """Make the folder and prove that it can be written; raises SpecError where it cannot."""
-        probe = f".tmp/probe-{uuid.uuid4().hex}"
-        unusable: tuple[type[Exception], ...] = (*store_errors(), ValueError)
-        try:
-            self.publish(probe, b"")
-            self.remove(probe)
-        except unusable as error:
-            raise SpecError(
-                f"output.path {self.uri!r} cannot be written ({error}); "
-                "check the path, its permissions and the credentials"
-            ) from error
+    def with_patience(self, retry_s: float) -> "Output":
+        """The same output, for a caller that waits longer or less long for the store."""
+        other = copy.copy(self)
+        other._retrying = self._retrying.copy(stop=tenacity.stop_before_delay(retry_s))
+        return other
 
     def publish(self, name: str, data: bytes) -> bool:
         """Make `data` appear under `name`, whole and for good; False where the name is taken.
 
         Local: written aside, synced and linked without replacement. Object stores: one
-        create-if-absent upload, where the store can.
+        create-if-absent upload, where the store can; an upload that was tried again may find its
+        own first try there.
         """
         if is_local(self.fs):
-            return self._publish_local(Path(self.root, name), data)
+            return self._retrying(self._publish_local, Path(self.root, name), data)
+        return self._retrying(self._upload_new, name, data)
+
+    def _upload_new(self, name: str, data: bytes) -> bool:
         try:
             self.fs.pipe_file(self._path(name), data, mode="create")
         except FileExistsError:
@@ -240,10 +253,12 @@ class Output:
 
         At any moment a reader finds one of both, whole.
         """
-        if not is_local(self.fs):
-            self.fs.pipe_file(self._path(name), data)
-            return
-        target = Path(self.root, name)
+        if is_local(self.fs):
+            self._retrying(self._replace_local, Path(self.root, name), data)
+        else:
+            self._retrying(self.fs.pipe_file, self._path(name), data)
+
+    def _replace_local(self, target: Path, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._aside(data) as aside:
             aside.replace(target)
@@ -275,31 +290,49 @@ class Output:
 
     def names(self, folder: str, *, suffix: str) -> list[str]:
         """The names of the files right in `folder`, sorted; none where there is no folder."""
+        return list(self.identities(folder, suffix=suffix))
+
+    def identities(self, folder: str, *, suffix: str) -> dict[str, str]:
+        """The names as `names` gives them, each with what changes when the file does."""
         try:
-            infos = self.fs.ls(self._path(folder), detail=True)
+            infos = self._retrying(self.fs.ls, self._path(folder), detail=True)
         except FileNotFoundError:
-            return []
+            return {}
         # Object stores may list the folder itself, as a file whose name ends in a slash.
         files = [i for i in infos if i["type"] == "file" and not i["name"].endswith("/")]
-        names = (PurePosixPath(info["name"]).name for info in files)
-        return sorted(f"{folder}/{name}" for name in names if name.endswith(suffix))
+        found = {f"{folder}/{PurePosixPath(i['name']).name}": identity_of(i) for i in files}
+        return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
 
     def read(self, name: str) -> bytes:
-        return bytes(self.fs.cat_file(self._path(name)))
+        return bytes(self._retrying(self.fs.cat_file, self._path(name)))
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is gone already is fine."""
-        try:
-            self.fs.rm_file(self._path(name))
-        except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            self._retrying(self.fs.rm_file, self._path(name))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers have left aside; what is younger may still be written."""
+        if not is_local(self.fs):
             return
+        oldest = time.time() - LEFTOVER_AGE_S
+        for aside in Path(self.root, ".tmp").glob("*"):
+            with contextlib.suppress(OSError):
+                if aside.stat().st_mtime < oldest:
+                    aside.unlink()
 
     def open(self, name: str) -> Any:
         """A file of the output, for reading at random."""
-        return self.fs.open(self._path(name), "rb")
+        return self._retrying(self.fs.open, self._path(name), "rb")
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a store may do later what it has refused now."""
+    final = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, store_errors()) and not isinstance(error, final)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,8 +5,9 @@ write that is tried again lands on itself. It buffers nothing and decides nothin
 is the committer's business (`commit.py`).
 """
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.coverage import Ranges, ShardCoverage
 from pipeline.footer import NULL_QUESTION, Fingerprint, Footer
 from pipeline.parts import RECEIPT, STAGING, SUFFIX, part_bytes, read_info, tally_of
-from pipeline.storage import Output
+from pipeline.storage import Output, store_errors
 from schemas.errors import JobError
 from schemas.job import OutputSpec
 from schemas.tables import KEEP, answer_schema, answered_schema, table_of
@@ -42,7 +43,8 @@ def write_part(
 ) -> pa.Table:
     """Stage a batch of `answered_schema(keep)` rows as one part; returns its one RECEIPT row.
 
-    A batch without rows gives no receipt. Raises JobError for a source row that is not whole.
+    A batch without rows gives no receipt. Raises JobError for a source row that is not whole, and
+    where the store has failed for `output.retry_s`.
     """
     if not answered.num_rows:
         return RECEIPT.empty_table()
@@ -55,7 +57,20 @@ def write_part(
         run_ids=tuple(sorted(pc.unique(answers["run_id"]).drop_null().to_pylist())),
         tally=tally_of(answers),
     )
-    return _stage(answers, footer, output=Output(output.path, output.storage))
+    store = Output(output.path, output.storage, retry_s=output.retry_s)
+    with store_failures_as_job_errors(store):
+        return _stage(answers, footer, output=store)
+
+
+@contextlib.contextmanager
+def store_failures_as_job_errors(output: Output) -> Iterator[None]:
+    try:
+        yield
+    except store_errors() as error:
+        raise JobError(
+            f"{output.uri}: the store failed: {error}; run the same command again: it goes on "
+            "from here"
+        ) from error
 
 
 def coverage_of(rows: Iterable[Row]) -> tuple[ShardCoverage, ...]:

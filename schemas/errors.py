@@ -4,10 +4,13 @@
     ├── SpecError                 bad usage or a bad spec: raised before Ray starts, exit status 2
     ├── JobError                  the job cannot go on: exit status 1
     │   └── StoreUnavailable      a store failed while a shard was read: what is left is read again
+    ├── OutputHeld                another run writes to this output: exit status 75
     └── RowError                  becomes one failed row, never the end of a job
         ├── ReadError             stage `read`
-        │   ├── ShardUnreadable       the shard breaks off: nothing after this row can be read
+        │   ├── ShardUnreadable       the row is lost in a damaged shard, or the shard ends in it
         │   ├── ImageMissing          a sample without an image
+        │   ├── ImageUnreachable      the server of an image fails, or takes too long
+        │   ├── ColumnMalformed       a kept column's value does not fit the table's column
         │   └── QuestionsMalformed    the row's questions cannot be known
         ├── DecodeError           stage `decode`
         │   ├── ImageEmpty            zero bytes
@@ -47,6 +50,10 @@ class StoreUnavailable(JobError):
     """A store failed while a shard was read. Nothing is known of the rows that are left."""
 
 
+class OutputHeld(LavaflowError):
+    """Another run holds the lease of this output. The message names it: host, pid, since when."""
+
+
 class RowError(LavaflowError):
     """One row that cannot be answered. `stage` and the class's name reach the answer table."""
 
@@ -62,6 +69,14 @@ class ShardUnreadable(ReadError):
 
 
 class ImageMissing(ReadError):
+    pass
+
+
+class ImageUnreachable(ReadError):
+    pass
+
+
+class ColumnMalformed(ReadError):
     pass
 
 

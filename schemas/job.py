@@ -63,8 +63,9 @@ class ColumnsSpec(Spec):
 class SourceSpec(Spec):
     """Where the images are."""
 
-    format: Literal["webdataset", "images"] = Field(
-        description="webdataset: tar shards of samples; images: one file an image."
+    format: Literal["webdataset", "parquet", "images", "manifest"] = Field(
+        description="webdataset: tar shards of samples; parquet: tables with an image column; "
+        "images: one file an image; manifest: JSON or JSONL that names images."
     )
     path: str | tuple[str, ...] = Field(
         description="fsspec URL or local path: a file, a folder, a glob (`*.tar`), a brace range "
@@ -74,10 +75,33 @@ class SourceSpec(Spec):
     keep: tuple[str, ...] = Field(
         (), description="Source columns carried into the answer table, as JSON text."
     )
+    image_root: str | None = Field(
+        None,
+        description="parquet, manifest: folder or URL in front of image paths that are relative; "
+        "null: the folder of the file that names them.",
+    )
+    image_timeout_s: float = Field(
+        30.0, gt=0, description="parquet, manifest: seconds that fetching one image may take."
+    )
     max_image_pixels: int = Field(
         178_956_970,
         gt=0,
         description="Images with more pixels become failed rows before they are decoded.",
+    )
+    max_image_bytes: int = Field(
+        256 * 2**20,
+        gt=0,
+        description="Images of more bytes become failed rows before they are decoded.",
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact: the pixels that the model's processor sees; fast: large JPEGs are "
+        "decoded at a fraction of their size, which changes pixels a little.",
+    )
+    allow_truncated: bool = Field(
+        False,
+        description="Decode images that are cut off, with grey where bytes are missing; else they "
+        "are failed rows.",
     )
     storage: StorageSpec = Field(StorageSpec(), description="How to reach the source.")
 
@@ -175,6 +199,24 @@ class OutputSpec(Spec):
     rows_per_file: int = Field(
         50_000, gt=0, description="Answers that fill one Parquet file of the table."
     )
+    commit_interval_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds after which an answer is durable at the latest, once its batch is "
+        "done; 0 stages every batch by itself.",
+    )
+    lease_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a sign of life after which a run on another machine counts "
+        "as dead, and the next one takes its output over.",
+    )
+    retry_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds for which a store that fails (full, forbidden, not reached) is tried "
+        "again, at growing intervals, before the run ends.",
+    )
     prompts: bool = Field(False, description="Write the rendered prompt beside each answer.")
     storage: StorageSpec = Field(StorageSpec(), description="How to reach the output.")
 
@@ -245,6 +287,11 @@ class JobSpec(Spec):
         ge=0,
         le=1,
         description="A complete run with a larger fraction of failed rows ends with status 3.",
+    )
+    grace_period_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds that an interrupted run takes at most to finish what is in flight.",
     )
 
     @model_validator(mode="after")

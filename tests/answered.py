@@ -1,5 +1,6 @@
 """Answered rows for tests: what the generate step would hand to the write step."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,18 @@ FINGERPRINT = Fingerprint(
     questions={"caption": "c1", "colour": "k1", "questions": "q1"},
 )
 IDENTITY = "etag-1"
+
+
+class FreeLease:
+    """A lease that nobody contends for; each has the next number."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        self.number = next(FreeLease._numbers)
+
+    def check(self) -> None:
+        return
 
 
 def row(

@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 ACCESS_KEY = "lavaflow-test"
@@ -25,15 +24,51 @@ ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
 class S3Server:
-    """A running server with one bucket; its credentials are in the environment."""
+    """A running server with one bucket; its credentials are in the environment.
 
-    endpoint_url: str
-    bucket: str
+    It can be killed and started again: same folder, same ports, same objects.
+    """
+
+    def __init__(self, folder: Path, bucket: str) -> None:
+        self.bucket = bucket
+        self._log = folder / "log"
+        self.port, admin, master, volume, filer = _free_ports(5)
+        weed = Path(sys.executable).parent / "weed"
+        self._command = [
+            str(weed if weed.exists() else shutil.which("weed") or "weed"),
+            *("mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *("-master.telemetry=false", "-webdav=false", "-admin.ui=false"),
+            *(f"-s3.port={self.port}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *(f"-admin.port={admin}", f"-master.port={master}"),
+            *(f"-volume.port={volume}", f"-filer.port={filer}", f"-bucket={bucket}"),
+            *(f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"),
+        ]
+        self.restart()
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def url(self, path: str) -> str:
         return f"s3://{self.bucket}/{path}"
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is shut down in order."""
+        self._server.kill()
+        self._server.wait()
+
+    def restart(self) -> None:
+        """Start, and wait until it answers."""
+        with self._log.open("ab") as log:
+            self._server = subprocess.Popen(
+                self._command, cwd=self._log.parent, stdout=log, stderr=log
+            )
+        try:
+            _wait_until_ready(self._server, port=self.port, log=self._log)
+        except BaseException:
+            self.kill()
+            raise
 
 
 @contextlib.contextmanager
@@ -42,34 +77,14 @@ def serve(bucket: str = "lavaflow") -> Iterator[S3Server]:
     # The server's Unix sockets do not fit the long paths that pytest gives.
     folder = Path(tempfile.mkdtemp(prefix="lf-s3-"))
     try:
-        with _environment(ENVIRONMENT), _running(folder, bucket) as port:
-            yield S3Server(f"http://127.0.0.1:{port}", bucket)
+        with _environment(ENVIRONMENT):
+            server = S3Server(folder, bucket)
+            try:
+                yield server
+            finally:
+                server.kill()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _running(folder: Path, bucket: str) -> Iterator[int]:
-    s3, admin, master, volume, filer = _free_ports(5)
-    weed = Path(sys.executable).parent / "weed"
-    command = [
-        str(weed if weed.exists() else shutil.which("weed") or "weed"),
-        *("mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-        *("-master.telemetry=false", "-webdav=false", "-admin.ui=false"),
-        *(f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-        *(f"-admin.port={admin}", f"-master.port={master}"),
-        *(f"-volume.port={volume}", f"-filer.port={filer}", f"-bucket={bucket}"),
-        *(f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"),
-    ]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        _wait_until_ready(server, port=s3, log=folder / "log")
-        yield s3
-    finally:
-        # Its folder is thrown away: there is nothing to shut down in order, which takes seconds.
-        server.kill()
-        server.wait()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,6 +14,7 @@ from jobs.load import build_spec, override
 from jobs.verify import verify
 from pipeline.coverage import Ranges
 from pipeline.encode import Encode
+from pipeline.lease import hold
 from pipeline.sources import open_source
 from pipeline.storage import Output
 from schemas.errors import SpecError
@@ -67,9 +68,12 @@ def test_bucket_without_credentials_is_bad_usage(monkeypatch: pytest.MonkeyPatch
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage = StorageSpec(endpoint_url="http://127.0.0.1:9")
-    with pytest.raises(SpecError, match="cannot be written"):
-        Output("s3://nobucket/x", storage).prepare()
+    output = Output("s3://nobucket/x", StorageSpec(endpoint_url="http://127.0.0.1:9"))
+    with (
+        pytest.raises(SpecError, match="cannot be written"),
+        hold(output, run_id="run-1", timeout_s=60, say=lambda _: None),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])

@@ -1,3 +1,4 @@
+import gzip
 import json
 import threading
 import uuid
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from pipeline.commit import AnswerTable, write_run_record
 from pipeline.coverage import Ranges
 from pipeline.footer import Fingerprint
-from pipeline.parts import read_info
+from pipeline.ledger import LEDGER, UNRECORDED_PARTS
+from pipeline.parts import PartInfo, read_info
 from pipeline.sources.base import Shard
 from pipeline.storage import Output
 from pipeline.write import write_part
-from schemas.errors import JobError, SpecError
+from schemas.errors import JobError, OutputHeld, SpecError
 from schemas.job import OutputSpec, StorageSpec
-from tests.answered import FINGERPRINT, IDENTITY, answered, end, failed, identities, row
+from tests.answered import FINGERPRINT, IDENTITY, FreeLease, answered, end, failed, identities, row
 from tests.s3 import S3Server
 
 SHARDS = [Shard("a.tar", IDENTITY)]
@@ -41,6 +43,8 @@ class Run:
         self.spec = OutputSpec(path=str(path), rows_per_file=rows_per_file, storage=storage)
         self.fingerprint = fingerprint
         self.table = AnswerTable(self.spec, keep={}, fingerprint=fingerprint)
+        self.lease = FreeLease()
+        self.table.recover(self.lease)
         self.table.open(shards)
         self.output = self.table.output
 
@@ -69,6 +73,135 @@ def test_staged_parts_fill_files_of_rows_per_file(tmp_path: Path) -> None:
         run.table.fold()
     assert sorted(pq.read_metadata(f).num_rows for f in tmp_path.glob("answers/*")) == [4, 4, 4]
     assert run.files("staging") == []
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 64])
+def test_files_hold_exactly_rows_per_file_and_the_last_the_rest(tmp_path: Path, batch: int) -> None:
+    run = Run(tmp_path, rows_per_file=10)
+    for first in range(0, 64, batch):
+        run.write(*(row(index) for index in range(first, min(first + batch, 64))))
+        run.table.fold()
+    run.table.finish()
+    sizes = sorted(pq.read_metadata(f).num_rows for f in tmp_path.glob("answers/*"))
+    assert sizes == [4, 10, 10, 10, 10, 10, 10]
+    assert run.table.tally.rows == 64
+    assert run.files("staging") == run.files("intents") == []
+
+
+def test_the_answers_of_one_source_row_stay_in_one_file(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=4)
+    own = ["o-1", "o-2", "o-3"]
+    run.write(*(row(index, own, units=["questions"]) for index in range(3)), end(3))
+    run.write(row(3, [*own, "o-4", "o-5"], units=["questions"]))
+    run.table.finish()
+    assert sorted(pq.read_metadata(f).num_rows for f in tmp_path.glob("answers/*")) == [3, 3, 3, 5]
+    assert len(set(identities(tmp_path))) == 14
+
+
+def test_a_part_that_is_folded_in_part_is_known_exactly_after_a_restart(tmp_path: Path) -> None:
+    run = Run(tmp_path, rows_per_file=4)
+    run.write(*(row(index) for index in range(6)), failed(6, ["caption"]), end(7))
+    run.table.fold()
+    assert len(run.files("staging")) == 1
+    again = Run(tmp_path, rows_per_file=4)
+    assert again.table.tally.counts == {"ok": 6, "failed": 1, "skipped": 0}
+    again.table.finish()
+    assert [index for _, index, _ in sorted(identities(tmp_path))] == list(range(7))
+    assert again.table.coverage.of("a.tar", IDENTITY).is_complete(["caption"])
+
+
+class TestLedger:
+    """Read instead of the footers of the parts that it names, and only while it fits them."""
+
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The names of the parts whose footers are read, as they are."""
+        names: list[str] = []
+
+        def read_and_tell(output: Output, name: str) -> PartInfo:
+            names.append(name)
+            return read_info(output, name)
+
+        monkeypatch.setattr("pipeline.commit.read_info", read_and_tell)
+        return names
+
+    @pytest.fixture
+    def complete(self, tmp_path: Path) -> Run:
+        run = Run(tmp_path, rows_per_file=2)
+        run.write(*(row(index) for index in range(5)), failed(5, ["caption"]), end(6))
+        run.table.finish()
+        return run
+
+    def test_stands_for_all_footers(self, tmp_path: Path, complete: Run, read: list[str]) -> None:
+        again = Run(tmp_path)
+        assert read == []
+        assert again.table.tally == complete.table.tally
+        assert list(again.table.coverage) == list(complete.table.coverage)
+
+    def test_footers_of_later_parts_are_read_beside_it(
+        self, tmp_path: Path, complete: Run, read: list[str]
+    ) -> None:
+        ledger = (tmp_path / LEDGER).read_bytes()
+        later = Run(tmp_path)
+        later.write(row(0, ["colour"]))
+        later.table.finish()
+        (tmp_path / LEDGER).write_bytes(ledger)
+        read.clear()
+        again = Run(tmp_path)
+        assert len(read) == 1
+        assert again.table.tally == later.table.tally
+
+    def test_a_part_that_is_gone_makes_it_worthless(
+        self, tmp_path: Path, complete: Run, read: list[str]
+    ) -> None:
+        name = complete.files("answers")[0]
+        (tmp_path / name).unlink()
+        again = Run(tmp_path)
+        assert len(read) == 2
+        assert again.table.tally.rows == 4
+
+    @pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b"[]")])
+    def test_a_damaged_one_is_no_ledger(
+        self, tmp_path: Path, complete: Run, read: list[str], data: bytes
+    ) -> None:
+        (tmp_path / LEDGER).write_bytes(data)
+        assert Run(tmp_path).table.tally == complete.table.tally
+        assert len(read) == 3
+
+    def test_says_what_decided_the_answers(self, tmp_path: Path, complete: Run) -> None:
+        other = Fingerprint({"weights": "w2", "dtype": "float32"}, FINGERPRINT.questions)
+        with pytest.raises(SpecError, match="model weights: was 'w1', is now 'w2'"):
+            Run(tmp_path, fingerprint=other)
+
+    def test_is_written_in_the_middle_of_a_long_run(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, rows_per_file=1)
+        for index in range(UNRECORDED_PARTS + 2):
+            run.write(row(index))
+            run.table.fold()
+        assert (tmp_path / LEDGER).exists()
+
+
+def test_a_damaged_intent_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "intents").mkdir(parents=True)
+    (tmp_path / "intents/00000001-000001.json").write_text("{}")
+    with pytest.raises(JobError, match=r"intents/00000001-000001.json: is damaged .* remove"):
+        Run(tmp_path)
+
+
+def test_nothing_is_published_once_the_lease_is_lost(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+
+    def lost() -> None:
+        raise OutputHeld("another has it")
+
+    run.lease.check = lost
+    with pytest.raises(OutputHeld):
+        run.table.finish()
+    assert run.files("answers") == []
+    again = Run(tmp_path)
+    again.table.finish()
+    assert len(identities(tmp_path)) == 1
 
 
 def test_less_than_a_file_stays_staged_until_the_end(tmp_path: Path) -> None:
@@ -126,7 +259,7 @@ def test_opening_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.write(row(0))
     before = sorted(tmp_path.rglob("*"))
-    Run(tmp_path)
+    AnswerTable(run.spec, keep={}, fingerprint=FINGERPRINT).open(SHARDS)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -308,11 +441,11 @@ def test_a_staged_part_whose_rows_are_damaged_is_named_with_the_remedy(tmp_path:
         run.table.finish()
 
 
-def test_a_run_beside_this_one_is_noticed(tmp_path: Path) -> None:
+def test_a_staged_part_that_is_gone_is_noticed(tmp_path: Path) -> None:
     run = Run(tmp_path)
     name = run.write(row(0))
     (tmp_path / name).unlink()
-    with pytest.raises(JobError, match="another run writes to this output"):
+    with pytest.raises(JobError, match="a staged part is gone"):
         run.table.finish()
 
 

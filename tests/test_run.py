@@ -42,12 +42,14 @@ class TestOnTwoCores:
         assert result.record["counts"] == {"ok": 48, "failed": 0, "skipped": 0}
         assert verify(job).ok
 
-    def test_a_complete_run_leaves_answers_and_its_record_only(self, tmp_path: Path) -> None:
+    def test_a_complete_run_leaves_answers_its_record_ledger_and_lease(
+        self, tmp_path: Path
+    ) -> None:
         write_shapes(tmp_path / "in", shards=1, images=5)
         result, _ = run(job_of(tmp_path / "in", tmp_path / "out"))
         files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*")]
         folders = Counter(file.parts[0] for file in files if file.parts[0] != ".tmp")
-        assert folders == {"answers": 1, "runs": 1}
+        assert folders == {"answers": 1, "runs": 1, "lease": 1, "ledger.json.gz": 1}
         record = json.loads((tmp_path / f"out/runs/{result.record['run_id']}.json").read_text())
         assert record["ended"] == "complete"
         assert record["new"] == {"ok": 10, "failed": 0, "skipped": 0}

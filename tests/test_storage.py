@@ -1,13 +1,17 @@
 """Listing and publishing on local disks and in memory; S3 is in test_storage_s3.py."""
 
+import errno
 import os
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.storage import Output, StoredFile, identity_of, list_files
 from schemas.errors import SpecError
@@ -165,10 +169,19 @@ class TestOutput:
         output.remove("a")
         assert output.publish("a", b"2")
 
-    def test_prepare_leaves_nothing_behind(self, make: MakeOutput) -> None:
+    def test_the_identity_of_a_file_changes_when_it_is_replaced(self, make: MakeOutput) -> None:
         output = make()
-        output.prepare()
-        assert output.names(".tmp", suffix="") == []
+        for name in ("answers/a", "answers/b"):
+            output.publish(name, b"first")
+        before = output.identities("answers", suffix="")
+        assert make().identities("answers", suffix="") == before
+        # Local disks tell times in steps of some milliseconds.
+        time.sleep(0.02)
+        output.replace("answers/a", b"other")
+        after = make().identities("answers", suffix="")
+        assert list(after) == ["answers/a", "answers/b"]
+        assert after["answers/a"] != before["answers/a"]
+        assert after["answers/b"] == before["answers/b"]
 
     def test_reading_what_is_not_there_raises(self, make: MakeOutput) -> None:
         with pytest.raises(FileNotFoundError):
@@ -201,7 +214,103 @@ class TestLocalOutput:
         assert list((tmp_path / ".tmp").iterdir()) == []
         assert [path.name for path in (tmp_path / "answers").iterdir()] == ["a"]
 
-    def test_an_output_below_a_file_is_a_spec_error(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(SpecError, match=r"output\.path .*file/out.* cannot be written"):
-            Output(str(tmp_path / "file" / "out"), HERE).prepare()
+
+class RefusingStore(MemoryFileSystem):
+    """Files in memory; every request is refused with the next of `refusals` while there is one."""
+
+    protocol = "refusing"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    refusals: ClassVar[list[Exception]] = []
+    requests = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("refusing://")))
+
+    def _ask(self) -> None:
+        type(self).requests += 1
+        if self.refusals:
+            raise self.refusals.pop(0)
+
+    def pipe_file(self, *args: Any, **options: Any) -> None:
+        self._ask()
+        super().pipe_file(*args, **options)
+
+    def cat_file(self, *args: Any, **options: Any) -> bytes:
+        self._ask()
+        return bytes(super().cat_file(*args, **options))
+
+    def rm_file(self, path: str) -> None:
+        self._ask()
+        super().rm_file(path)
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        self._ask()
+        return super().ls(path, detail=detail, **options)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+FORBIDDEN = PermissionError(errno.EACCES, "Forbidden")
+DOES: dict[str, Callable[[Output], object]] = {
+    "publish": lambda output: output.publish("new", b"1"),
+    "replace": lambda output: output.replace("a/there", b"1"),
+    "read": lambda output: output.read("a/there"),
+    "names": lambda output: output.names("a", suffix=""),
+    "remove": lambda output: output.remove("a/there"),
+}
+
+
+class TestRetries:
+    @pytest.fixture(autouse=True)
+    def _store(self) -> Iterator[None]:
+        fsspec.register_implementation("refusing", RefusingStore, clobber=True)
+        RefusingStore.store = {}
+        Output("refusing://out", HERE).publish("a/there", b"0")
+        RefusingStore.requests = 0
+        yield
+        RefusingStore.refusals = []
+
+    @pytest.mark.parametrize("do", DOES.values(), ids=DOES)
+    def test_what_may_pass_is_tried_again(self, do: Callable[[Output], object]) -> None:
+        RefusingStore.refusals = [FULL]
+        do(Output("refusing://out", HERE, retry_s=30))
+        assert RefusingStore.requests == 2
+
+    @pytest.mark.parametrize("do", DOES.values(), ids=DOES)
+    def test_without_patience_a_refusal_is_final(self, do: Callable[[Output], object]) -> None:
+        RefusingStore.refusals = [FULL]
+        with pytest.raises(OSError, match="No space left"):
+            do(Output("refusing://out", HERE))
+        assert RefusingStore.requests == 1
+
+    def test_a_store_that_never_gives_in_is_given_up_in_time(self) -> None:
+        RefusingStore.refusals = [FORBIDDEN] * 100
+        start = time.monotonic()
+        with pytest.raises(PermissionError, match="Forbidden"):
+            Output("refusing://out", HERE, retry_s=1.5).publish("new", b"1")
+        assert time.monotonic() - start < 2.0
+        assert RefusingStore.requests > 1
+
+    @pytest.mark.parametrize(
+        "error", [FileNotFoundError("gone"), NotADirectoryError("file"), ValueError("odd name")]
+    )
+    def test_what_stays_wrong_is_raised_at_once(self, error: Exception) -> None:
+        RefusingStore.refusals = [error]
+        with pytest.raises(type(error), match=str(error)):
+            Output("refusing://out", HERE, retry_s=30).read("a/there")
+        assert RefusingStore.requests == 1
+
+    def test_a_name_that_is_taken_is_no_refusal(self) -> None:
+        output = Output("refusing://out", HERE, retry_s=30)
+        assert not output.publish("a/there", b"1")
+        assert RefusingStore.requests == 1
+
+    def test_patience_is_changed_for_one_caller_only(self) -> None:
+        patient = Output("refusing://out", HERE, retry_s=30)
+        hasty = patient.with_patience(0)
+        RefusingStore.refusals = [FULL]
+        with pytest.raises(OSError, match="No space left"):
+            hasty.read("a/there")
+        RefusingStore.refusals = [FULL]
+        assert patient.read("a/there") == b"0"

@@ -1,11 +1,12 @@
+import threading
 import uuid
 
 import pytest
 
-from pipeline.storage import Output, list_files
+from pipeline.storage import Output, list_files, store_errors
 from schemas.errors import SpecError
 from schemas.job import StorageSpec
-from tests.s3 import S3Server
+from tests.s3 import S3Server, serve
 
 
 @pytest.fixture
@@ -66,17 +67,35 @@ def test_removing_what_is_gone_is_fine(output: Output) -> None:
     output.remove("a")
 
 
-def test_preparing_leaves_nothing_behind(output: Output) -> None:
-    output.prepare()
-    assert output.names(".tmp", suffix="") == []
-
-
-def test_an_output_that_may_not_be_written_is_a_mistake_of_the_spec(
-    url: str, storage: StorageSpec
-) -> None:
+def test_an_output_that_may_not_be_written_is_told(url: str, storage: StorageSpec) -> None:
     nobody = storage.model_copy(update={"anon": True})
-    with pytest.raises(SpecError, match=r"s3://.* cannot be written .* credentials"):
-        Output(url, nobody).prepare()
+    with pytest.raises(PermissionError):
+        Output(url, nobody).publish("a", b"")
+
+
+def test_the_identity_of_a_file_changes_when_it_is_replaced(output: Output) -> None:
+    output.publish("answers/a", b"first")
+    before = output.identities("answers", suffix="")
+    assert output.identities("answers", suffix="") == before
+    output.replace("answers/a", b"other")
+    assert output.identities("answers", suffix="").keys() == before.keys()
+    assert output.identities("answers", suffix="") != before
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_in_time_is_waited_for() -> None:
+    with serve() as server:
+        storage = StorageSpec(endpoint_url=server.endpoint_url)
+        output = Output(server.url("out"), storage, retry_s=60)
+        assert output.publish("answers/a", b"1")
+        server.kill()
+        with pytest.raises(store_errors()):
+            output.with_patience(0).publish("answers/b", b"2")
+        restart = threading.Timer(1.0, server.restart)
+        restart.start()
+        assert output.publish("answers/b", b"2")
+        restart.join()
+        assert output.names("answers", suffix="") == ["answers/a", "answers/b"]
 
 
 def test_listing_takes_folders_globs_and_braces(

@@ -19,7 +19,7 @@ from pipeline.storage import Output
 from pipeline.write import write_part
 from schemas.errors import ImageMissing, QuestionsMalformed, SpecError
 from schemas.job import JobSpec, StorageSpec
-from tests.answered import FINGERPRINT, answered, end, failed, row
+from tests.answered import FINGERPRINT, FreeLease, answered, end, failed, row
 
 Rows = list[dict]
 
@@ -81,6 +81,7 @@ def answer(job: JobSpec, groups: list[Rows]) -> AnswerTable:
     """Commit the rows as a run does, a part for each source row, of the shards as they are now."""
     identity = {shard.uri: shard.identity for shard in open_source(job.source).list()}
     table = AnswerTable(job.output, keep={}, fingerprint=FINGERPRINT)
+    table.recover(FreeLease())
     table.open([])
     for rows in groups:
         part = answered(

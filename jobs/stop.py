@@ -1,0 +1,76 @@
+"""How a run is stopped: the first signal asks, a second one, or the clock, insists.
+
+SIGINT or SIGTERM          `is_asked`: what is in flight is finished, nothing new begins
+again, or after grace_s    KeyboardInterrupt or Terminated is raised, wherever the run is
+"""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from jobs.exits import Terminated
+from jobs.progress import duration
+
+REASONS: dict[int, type[BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+}
+
+
+class Stop:
+    """Listens to signals from `listen` to the end of the block.
+
+    Python handles signals in the main thread only: a run in another one is never asked.
+    """
+
+    def __init__(self, *, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._before: dict[int, Any] = {}
+        self._stderr = -1
+        self.reason: type[BaseException] = KeyboardInterrupt
+        """What ends the command that was stopped; raised by whoever has finished what it had."""
+        # The main thread must not wait on it: the handler would set it in the midst of that.
+        self.asked = threading.Event()
+
+    @property
+    def is_asked(self) -> bool:
+        return self.asked.is_set()
+
+    def listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # While Ray starts, this process's stderr leads nowhere.
+        self._stderr = os.dup(2)
+        self._before = {signum: signal.signal(signum, self._ask) for signum in REASONS}
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.reason = REASONS[signum]
+        if self.is_asked or not self._grace_s:
+            self._insist()
+        self.asked.set()
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._insist)
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        name = "Interrupted" if self.reason is KeyboardInterrupt else "Terminated"
+        told = (
+            f"{name}: finishing what is in flight, for {duration(self._grace_s)} at most; "
+            "a second signal stops at once\n"
+        )
+        # Not through a stream, which may be in the midst of writing. A progress line has no end.
+        os.write(self._stderr, (f"\n{told}" if os.isatty(self._stderr) else told).encode())
+
+    def _insist(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise self.reason
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for signum, handle in self._before.items():
+            signal.signal(signum, handle)
+        if self._stderr >= 0:
+            os.close(self._stderr)

@@ -1,0 +1,242 @@
+"""Runs of the commit that die, or sleep, at an exact step of it; a process each.
+
+    python -m tests.commit_steps FOLDER_OR_URL --act kill|sleep [--every N] [--endpoint URL]
+
+A step is one thing that the store is made to do: a link, a rename, a sync, a removal, an upload.
+`kill`: the run is ended by SIGKILL before or after the step, and another run follows. `sleep`: it
+is stopped there, another run takes the output over and completes it, then the first goes on.
+After each the table is compared with what it has to hold. Prints JSON; ends with 1 on a fault.
+Real processes, forked from this one, which keeps clear of threads and stores.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import ledger
+from pipeline.commit import AnswerTable
+from pipeline.coverage import ShardCoverage
+from pipeline.intents import INTENTS
+from pipeline.lease import hold
+from pipeline.parts import ANSWERS, STAGING, read_part
+from pipeline.sources.base import Shard
+from pipeline.storage import Output
+from pipeline.write import write_part
+from schemas.errors import OutputHeld
+from schemas.job import OutputSpec, StorageSpec
+from tests.answered import FINGERPRINT, IDENTITY, answered, end, failed, row
+
+HELD = 75
+ROWS_PER_FILE, NEXT_ROWS_PER_FILE = 5, 8
+"""The run that follows groups otherwise: only what the first one recorded may look like it."""
+BATCH = 3
+UNITS = ["caption", "colour", "questions"]
+LENGTHS = {"a.tar": 6, "b.tar": 3, "c.tar": 0}
+SHARDS = [Shard(uri, IDENTITY) for uri in LENGTHS]
+LOCAL_STEPS = ("link", "replace", "unlink", "remove", "fsync")
+REMOTE_STEPS = ("_upload_new", "replace", "remove")
+
+Place = tuple[str, int]
+
+
+def rows_at(uri: str, index: int) -> list[dict[str, Any]]:
+    """All answers of a source row: of three kinds, in turn."""
+    if index % 3 == 0:
+        own = [f"own-{number}" for number in range(index % 4)] or [None]
+        status = {} if index % 4 else {"status": "skipped", "answer": None}
+        return row(index, ["caption", "colour", *own], uri=uri, units=UNITS, **status)
+    if index % 3 == 1:
+        return failed(index, units=UNITS, uri=uri)
+    return row(index, ["caption", "colour", "own"], uri=uri, units=UNITS)
+
+
+EXPECTED = sorted(
+    (
+        (uri, index, each["question_id"])
+        for uri, length in LENGTHS.items()
+        for index in range(length)
+        for each in rows_at(uri, index)
+    ),
+    key=str,
+)
+
+
+def missing(table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
+    """The source rows and the end marks that nothing covers."""
+    for uri, length in LENGTHS.items():
+        known: ShardCoverage = table.coverage.of(uri, IDENTITY)
+        done = known.answered_rows(UNITS)
+        yield from (rows_at(uri, index) for index in range(length) if index not in done)
+        if known.rows_total is None:
+            yield end(length, uri=uri)
+
+
+def run(spec: OutputSpec, *, answered_log: Path) -> None:
+    """Answer what is missing, in batches; every second one is staged again with other borders."""
+    ledger.UNRECORDED_PARTS = 1
+    table = AnswerTable(spec, keep={}, fingerprint=FINGERPRINT)
+    options = {"run_id": f"run-{os.getpid()}", "timeout_s": spec.lease_timeout_s}
+    with hold(table.output, say=lambda _: None, **options) as lease:
+        table.recover(lease)
+        table.open(SHARDS)
+        for number in itertools.count():
+            batch = list(itertools.islice(missing(table), BATCH))
+            if not batch:
+                break
+            with answered_log.open("a") as log:
+                log.write("row\n" * len(batch))
+            for repeated in (batch, batch[1:])[: 1 + number % 2]:
+                rows = answered(*repeated)
+                receipt = write_part(rows, output=spec, keep={}, fingerprint=FINGERPRINT)
+                table.commit(receipt)
+            table.fold()
+        table.finish()
+
+
+def check_table(output: Output, *, has_all: bool = False, is_tidy: bool = False) -> None:
+    """What a reader of the table sees at this moment. Raises AssertionError."""
+    tables = [read_part(output, name)[0] for name in output.names(ANSWERS, suffix="")]
+    rows = [r for table in tables for r in table.to_pylist()]
+    there = [(r["source_uri"], r["source_index"], r["question_id"]) for r in rows]
+    assert len(there) == len(set(there)), f"doubled: {sorted(there, key=str)}"
+    assert all(table.num_rows <= NEXT_ROWS_PER_FILE for table in tables)
+    if has_all:
+        assert sorted(there, key=str) == EXPECTED
+    if is_tidy:
+        for folder in (STAGING, INTENTS):
+            assert output.names(folder, suffix="") == [], f"left in {folder}"
+
+
+class Interruption:
+    """Acts on this process at the `number`th step, before or after it."""
+
+    def __init__(self, number: int, *, is_after: bool, act: int) -> None:
+        self._number, self._is_after, self._act = number, is_after, act
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def install(self, *, is_local: bool) -> None:
+        owner: Any = os if is_local else Output
+        for name in LOCAL_STEPS if is_local else REMOTE_STEPS:
+            setattr(owner, name, self._step(getattr(owner, name)))
+
+    def _step(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread().name == "lavaflow-lease":
+                return call(*args, **kwargs)
+            with self._lock:
+                self._count += 1
+                is_now = self._count == self._number
+            if is_now and not self._is_after:
+                os.kill(os.getpid(), self._act)
+            result = call(*args, **kwargs)
+            if is_now and self._is_after:
+                os.kill(os.getpid(), self._act)
+            return result
+
+        return step
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The pid of a child that does the work and ends with its status."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except OutputHeld:
+        status = HELD
+    except Exception:  # noqa: BLE001
+        # Whatever it is, the parent has to see that it was.
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def attempt(spec: OutputSpec, number: int, *, is_after: bool, is_sleep: bool, log: Path) -> bool:
+    """One interrupted run and the run after it; False where there is no such step any more."""
+    is_local = "://" not in spec.path
+    other = spec.model_copy(update={"rows_per_file": NEXT_ROWS_PER_FILE})
+
+    def first() -> None:
+        if is_sleep:
+            # Seen from another machine: the pid tells the other run nothing.
+            socket.gethostname = lambda: "elsewhere"
+        act = signal.SIGSTOP if is_sleep else signal.SIGKILL
+        Interruption(number, is_after=is_after, act=act).install(is_local=is_local)
+        run(spec, answered_log=log)
+
+    def second() -> None:
+        output = Output(spec.path, spec.storage)
+        check_table(output)
+        run(other, answered_log=log)
+        check_table(output, has_all=True, is_tidy=True)
+
+    def last() -> None:
+        # What it still published is no row of the table; what it staged, the next run removes.
+        output = Output(spec.path, spec.storage)
+        check_table(output, has_all=True)
+        run(spec, answered_log=log)
+        check_table(output, has_all=True, is_tidy=True)
+
+    pid = forked(first)
+    if is_sleep:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        is_there = os.WIFSTOPPED(status)
+    else:
+        is_there = ended(pid) == -signal.SIGKILL
+    assert ended(forked(second)) == 0, f"step {number}: the run after it"
+    if is_there and is_sleep:
+        os.kill(pid, signal.SIGCONT)
+        assert ended(pid) in (0, HELD), f"step {number}: the run that woke up"
+        assert ended(forked(last)) == 0, f"step {number}: the table after it woke up"
+    return is_there
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("--act", choices=["kill", "sleep"], required=True)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--endpoint", default=None)
+    parser.add_argument("--log", type=Path, required=True)
+    args = parser.parse_args()
+    is_sleep = args.act == "sleep"
+    once = sum(length + 1 for length in LENGTHS.values())
+    attempts, most_again = 0, 0
+    for is_after in (False, True):
+        for number in itertools.count(1, args.every):
+            spec = OutputSpec(
+                path=f"{args.path}/{'after' if is_after else 'before'}-{number}",
+                rows_per_file=ROWS_PER_FILE,
+                lease_timeout_s=0.3 if is_sleep else 60,
+                storage=StorageSpec(endpoint_url=args.endpoint),
+            )
+            args.log.write_text("")
+            is_there = attempt(spec, number, is_after=is_after, is_sleep=is_sleep, log=args.log)
+            if not is_there:
+                break
+            attempts += 1
+            most_again = max(most_again, len(args.log.read_text().split()) - once)
+    found = {"act": args.act, "attempts": attempts, "most_rows_again": most_again}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
