@@ -51,7 +51,7 @@ _quick = _options(
     click.option("--model", help="Hub id or local folder.  [default: the embedded model]"),
     click.option(
         "--format",
-        type=click.Choice(["webdataset", "images"]),
+        type=click.Choice(["webdataset", "parquet", "images", "manifest"]),
         help="What SRC holds.  [default: guessed from its name]",
     ),
     click.option("--print-spec", is_flag=True, help="Print the equivalent spec; run nothing."),

@@ -146,9 +146,11 @@ def _is_index(part: str) -> bool:
 def _with_absolute_paths(job: JobSpec) -> JobSpec:
     path = job.source.path
     source = absolute(path) if isinstance(path, str) else tuple(absolute(p) for p in path)
+    root = job.source.image_root
+    paths = {"path": source, "image_root": absolute(root) if root else None}
     return job.model_copy(
         update={
-            "source": job.source.model_copy(update={"path": source}),
+            "source": job.source.model_copy(update=paths),
             "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
             "model": job.model.model_copy(update={"path": _model_path(job.model.path)}),
         }

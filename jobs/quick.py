@@ -64,25 +64,25 @@ def _hash(question: str) -> str:
 
 
 def guess_format(source: str) -> str:
-    """`webdataset` or `images`, from the name or from what a local folder holds.
+    """The format, from the name or from what a local folder holds.
 
     Raises SpecError where a name does not tell.
     """
     folder = absolute(source)
     # os.path takes a name that is too long for one that is not there, pathlib raises.
     if os.path.isdir(folder):
-        return "webdataset" if _holds_tars(folder) else "images"
+        return _format_of_folder(folder)
     name = _first_name(source)
-    if _is_tar(name):
-        return "webdataset"
+    if known := _format_of(name):
+        return known
     if Path(name).suffix:
         return "images"
     if "{" in source:
         return "webdataset"
     if "://" in source:
         raise SpecError(
-            f"{source}: the name does not tell whether these are tar shards or image files; "
-            "add --format webdataset or --format images"
+            f"{source}: the name does not tell what it holds; add --format webdataset, parquet, "
+            "manifest or images"
         )
     return "images"
 
@@ -95,16 +95,25 @@ def _first_name(source: str) -> str:
         return Path(source).name.lower()
 
 
-def _holds_tars(folder: str) -> bool:
+def _format_of_folder(folder: str) -> str:
+    """By the first folder that holds files; a manifest beside other files is taken for a note."""
     for _, _, files in os.walk(folder):
         if files:
-            return any(map(_is_tar, files))
-    return False
+            found = {_format_of(name) or "images" for name in files}
+            return next(
+                kind for kind in ("webdataset", "parquet", "images", "manifest") if kind in found
+            )
+    return "images"
 
 
-def _is_tar(name: str) -> bool:
+def _format_of(name: str) -> str | None:
     # Imported here: pyarrow and fsspec, which a spec whose format is given does not need.
-    from pipeline.sources.webdataset import SHARD_SUFFIXES
+    from pipeline.sources import manifest, parquet, webdataset
     from pipeline.storage import has_suffix
 
-    return has_suffix(name, SHARD_SUFFIXES)
+    kinds = {
+        "webdataset": webdataset.SHARD_SUFFIXES,
+        "parquet": parquet.SUFFIXES,
+        "manifest": manifest.SUFFIXES,
+    }
+    return next((kind for kind, suffixes in kinds.items() if has_suffix(name, suffixes)), None)

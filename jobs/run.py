@@ -62,7 +62,6 @@ def run_job(job: JobSpec, *, address: str | None, console: Console) -> RunResult
     planned = plan(job)
     run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s))
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
-        run.stop.listen()
         run.table.recover(lease)
         run.table.open(planned.shards)
         return run.to_its_end(lease, address)
@@ -128,6 +127,7 @@ class _Run:
             session(address) as cluster,
             Progress(self.console) as progress,
         ):
+            self.stop.listen()
             run = flow.Run(
                 job=self.plan.job,
                 keep=self.plan.keep,

@@ -1,9 +1,13 @@
 """How a run is stopped: the first signal asks, a second one, or the clock, insists.
 
-SIGINT or SIGTERM          `is_asked`: what is in flight is finished, nothing new begins
-again, or after grace_s    KeyboardInterrupt or Terminated is raised, wherever the run is
+    SIGINT or SIGTERM          `is_asked`: what is in flight is finished, nothing new begins
+    again, or after grace_s    KeyboardInterrupt or Terminated is raised, wherever the run is
+
+Ctrl-C reaches the whole process group of a terminal: Ray's processes block SIGINT. They do not
+block SIGTERM: sent to the group, it leaves them some ten seconds.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +17,7 @@ from typing import Any, Self
 from jobs.exits import Terminated
 from jobs.progress import duration
 
+STDERR = 2
 REASONS: dict[int, type[BaseException]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Terminated,
@@ -20,7 +25,7 @@ REASONS: dict[int, type[BaseException]] = {
 
 
 class Stop:
-    """Listens to signals from `listen` to the end of the block.
+    """Listens from `listen` to the end of the block; until then, a signal ends the run at once.
 
     Python handles signals in the main thread only: a run in another one is never asked.
     """
@@ -28,7 +33,6 @@ class Stop:
     def __init__(self, *, grace_s: float) -> None:
         self._grace_s = grace_s
         self._before: dict[int, Any] = {}
-        self._stderr = -1
         self.reason: type[BaseException] = KeyboardInterrupt
         """What ends the command that was stopped; raised by whoever has finished what it had."""
         # The main thread must not wait on it: the handler would set it in the midst of that.
@@ -41,9 +45,10 @@ class Stop:
     def listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        # While Ray starts, this process's stderr leads nowhere.
-        self._stderr = os.dup(2)
-        self._before = {signum: signal.signal(signum, self._ask) for signum in REASONS}
+        for signum in REASONS:
+            # Commands that a script has put in the background are told to ignore SIGINT.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._ask)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.reason = REASONS[signum]
@@ -58,7 +63,8 @@ class Stop:
             "a second signal stops at once\n"
         )
         # Not through a stream, which may be in the midst of writing. A progress line has no end.
-        os.write(self._stderr, (f"\n{told}" if os.isatty(self._stderr) else told).encode())
+        with contextlib.suppress(OSError):
+            os.write(STDERR, (f"\n{told}" if os.isatty(STDERR) else told).encode())
 
     def _insist(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -72,5 +78,3 @@ class Stop:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handle in self._before.items():
             signal.signal(signum, handle)
-        if self._stderr >= 0:
-            os.close(self._stderr)

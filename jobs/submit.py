@@ -7,10 +7,11 @@ mean the same there. Knows nothing of what a job does.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENTRYPOINT = "python -m jobs.cli run spec.yaml"
 POLL_INTERVAL_S = 1.0
 START_TIMEOUT_S = 30.0
+STOP_MARGIN_S = 30.0
+"""How much longer than its grace period a stopped job may take: Ray has to be left as well."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,20 @@ class Cluster:
         """Start the job; returns its id."""
         with tempfile.TemporaryDirectory(prefix="lavaflow-") as folder, self._errors():
             Path(folder, "spec.yaml").write_text(dump_spec(job), encoding="utf-8")
-            return self._submit(folder, name=job.name)
+            # Ray's supervisor of the job reads it, and has the job's environment; else it kills a
+            # stopped job after 3 s.
+            wait_s = math.ceil(job.grace_period_s + STOP_MARGIN_S)
+            environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
+            runtime_env = {"working_dir": folder, "env_vars": environment}
+            return self._submit(runtime_env, name=job.name)
 
-    def _submit(self, folder: str, *, name: str) -> str:
+    def _submit(self, runtime_env: Mapping[str, Any], *, name: str) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 job_id = self._client.submit_job(
                     entrypoint=ENTRYPOINT,
-                    runtime_env={"working_dir": folder},
+                    runtime_env=dict(runtime_env),
                     metadata={"name": name},
                 )
             except RuntimeError as error:
@@ -124,7 +132,7 @@ class Cluster:
                     return
 
     def stop(self, job_id: str) -> bool:
-        """Ask the job to stop; whether it was running."""
+        """Ask the job to stop, which takes its grace period at most; whether it was running."""
         with self._errors(job_id):
             return bool(self._client.stop_job(job_id))
 

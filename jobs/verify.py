@@ -1,6 +1,7 @@
 """Proving that an answer table is whole: from the source and the table, not from the footers.
 
-The source is read again (nothing is decoded) and says which answers there have to be; the rows
+The source is read again and says which answers there have to be; nothing is decoded, and images
+that rows only name are not fetched: each has its answers, failed ones where it is gone. The rows
 under `answers/` say which there are, and every column of theirs is read. Footers are only checked
 against the rows of their own part, and for the version of the source that they answer.
 Source shards and parts are gone through one at a time; of all parts together, identities alone are
@@ -9,7 +10,7 @@ held in memory.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.footer import STATUSES
 from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part
 from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample, Shard, Source
+from pipeline.sources.fetch import Unfetched
 from pipeline.storage import Output, store_errors
 from schemas.errors import JobError, RowError, SpecError
 from schemas.job import ROW_QUESTIONS, JobSpec
@@ -104,8 +106,8 @@ def verify(job: JobSpec) -> Report:
     Raises SpecError where either cannot be reached, StoreUnavailable where a store fails while the
     source is read.
     """
-    source = open_source(job.source)
-    shards = source.list()
+    source = open_source(job.source, fetcher=Unfetched(job.source))
+    shards = [replace(shard, piece=(0, 1)) for shard in source.list() if shard.piece[0] == 0]
     output = Output(job.output.path, job.output.storage)
     schema = answer_schema(source.keep_types(), prompts=job.output.prompts)
     table, staged, faults = _read_output(

@@ -1,34 +1,36 @@
 """The CPU step: a sample becomes uint8 pixels and tokenised prompts, or failed ones.
 
 One row in, one row out. What goes wrong with an image or a question is written into its PROMPT
-entries and travels on; nothing raised here is about a single row. Knows no ray and no weights.
+entries and travels on; nothing raised here is about a single row. While the images of a batch are
+decoded in a process beside this one (`decoder.py`), its prompts are tokenised here. Knows no ray
+and no weights.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
-import jinja2
 import pyarrow as pa
-from PIL import Image
 
-from pipeline.decode import decode
-from pipeline.engine.load import load_config, load_processor
-from pipeline.engine.pixels import check_aspect, pixel_table, resized
-from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
+from pipeline.decode_process import DecodeSettings
+from pipeline.decoder import Decoded, Decoder, settings_of
+from pipeline.engine.load import load_processor
+from pipeline.engine.pixels import ProcessorResize, pixel_table, resize_of
 from pipeline.sources.base import Turn
+from pipeline.tokenise import Tokeniser
 from schemas.errors import (
     DecodeError,
     PromptError,
-    PromptTooLong,
     QuestionsMalformed,
     RowError,
-    TemplateFailed,
+    SpecError,
 )
 from schemas.job import AskPrompt, JobSpec
 from schemas.tables import KEEP, PREPARED, SAMPLE, error_of, table_of, with_keep
 
 _PLACE = [name for name in PREPARED.names if name in SAMPLE.names]
+_BUT_IMAGE = [name for name in SAMPLE.names if name != "image"]
 _NO_QUESTIONS = {
     "stage": "prompt",
     "class": "NoQuestions",
@@ -38,6 +40,8 @@ _NO_QUESTIONS = {
 
 Entry = dict[str, Any]
 """One PROMPT struct in the making."""
+_Begun = tuple[dict[str, Any], "Future[Decoded] | None"]
+"""A PREPARED row in the making, and its image where that is being decoded."""
 
 
 class Encode:
@@ -45,65 +49,70 @@ class Encode:
 
     def __init__(self, job: JobSpec, keep: Mapping[str, pa.DataType]) -> None:
         self._job, self._keep = job, keep
-        self._processor = load_processor(job.model)
-        pixel_table(self._processor)
+        processor = load_processor(job.model)
+        pixel_table(processor)
+        self._decoder = Decoder(_decode_settings(job, processor))
+        self._tokeniser = Tokeniser(job.model, processor)
         self._asks = dict(zip(job.units, job.ask, strict=True))
-        self._template = self._processor.chat_template or LLAVA_1_5_TEMPLATE.replace(
-            IMAGE_TOKEN, self._processor.image_token
-        )
-        self._tokens_per_image = _tokens_per_image(self._processor)
-        text = load_config(job.model).get_text_config()
-        self._context: int | None = getattr(text, "max_position_embeddings", None)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        samples = batch.select(SAMPLE.names).to_pylist()
-        table = table_of([self._row(sample) for sample in samples], PREPARED)
+        samples = batch.select(_BUT_IMAGE).to_pylist()
+        # Not as a part of the rows: the bytes stay where Arrow has them.
+        images = [image.as_buffer() for image in batch["image"]]
+        begun = [self._begun(*row) for row in zip(samples, images, strict=True)]
+        rows = [self._ended(*row) for row in zip(begun, samples, images, strict=True)]
+        table = table_of(rows, PREPARED)
         for name in self._keep:
             table = table.append_column(KEEP + name, batch.column(KEEP + name))
         return table.cast(with_keep(PREPARED, self._keep))
 
-    def _row(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _begun(self, sample: dict[str, Any], image: pa.Buffer | None) -> _Begun:
+        """The row as far as it can be without pixels, which are on their way if it needs any."""
         row = {name: sample[name] for name in _PLACE}
         if sample["source_index"] is None:
-            return row
-        data = sample["image"]
-        if data is not None:
-            row["image_sha256"] = hashlib.sha256(data).hexdigest()
+            return row, None
         row["prompts"] = self._asked(sample)
-        if waiting := _waiting(row["prompts"]):
+        if not _waiting(row["prompts"]):
+            return row, None
+        return row, self._decoder.submit(memoryview(b"" if image is None else image))
+
+    def _ended(
+        self, begun: _Begun, sample: dict[str, Any], image: pa.Buffer | None
+    ) -> dict[str, Any]:
+        row, decoding = begun
+        if sample["source_index"] is not None and image is not None:
+            row["image_sha256"] = hashlib.sha256(image).hexdigest()
+        if decoding is not None:
+            waiting = _waiting(row["prompts"])
+            self._tokenise(waiting, sample)
             try:
-                row |= self._encoded(data or b"", waiting, sample)
+                row |= _image_columns(decoding.result(), is_wanted=bool(_waiting(waiting)))
             except DecodeError as error:
-                for entry in _waiting(waiting):
+                for entry in waiting:
+                    entry.update(prompt=None, token_ids=None)
                     _fail(entry, error_of(error))
         return row
 
-    def _encoded(self, data: bytes, waiting: list[Entry], sample: dict[str, Any]) -> dict[str, Any]:
-        """The row's image columns; fills in the prompts that wait. Raises DecodeError."""
-        limit = self._job.source.max_image_pixels
-        image = decode(data, max_pixels=limit)
-        columns: dict[str, Any] = {"image_width": image.width, "image_height": image.height}
-        earlier = [Turn(t["role"], t["content"]) for t in sample["conversation"] or ()]
-        for entry in waiting:
+    def _tokenise(self, entries: list[Entry], sample: dict[str, Any]) -> None:
+        """Fill in the prompts; those that cannot be asked fail."""
+        earlier = tuple(Turn(t["role"], t["content"]) for t in sample["conversation"] or ())
+        for entry in entries:
             try:
-                entry["prompt"] = self._render(entry["question"], earlier)
-                entry["token_ids"] = self._tokenise(entry["prompt"], entry["max_new_tokens"])
+                entry["prompt"] = self._tokeniser.render(entry["question"], earlier)
+                ids = self._tokeniser.ids(entry["prompt"])
+                self._tokeniser.check(ids, max_new_tokens=entry["max_new_tokens"])
+                entry["token_ids"] = ids
             except PromptError as error:
                 _fail(entry, error_of(error))
-        if _waiting(waiting):
-            check_aspect(self._processor, image, max_pixels=limit)
-            pixels = resized(self._processor, image)
-            columns |= {"pixels": pixels.tobytes(), "pixels_shape": list(pixels.shape)}
-        return columns
 
     def _asked(self, sample: dict[str, Any]) -> list[Entry]:
         """An entry for each question that the row's wanted units call for; never none."""
         if sample["error"]:
             return [_fail(_entry(), sample["error"])]
         entries = [entry for unit in sample["units"] for entry in self._asked_of(unit, sample)]
-        for entry in entries:
-            if sample["conversation_error"] and entry["status"] is None:
-                _fail(entry, sample["conversation_error"])
+        if error := sample["image_error"] or sample["conversation_error"]:
+            for entry in _waiting(entries):
+                _fail(entry, error)
         return entries
 
     def _asked_of(self, unit: str, sample: dict[str, Any]) -> Iterator[Entry]:
@@ -120,52 +129,6 @@ class Encode:
         else:
             for own in sample["questions"]:
                 yield _entry(own["id"], own["question"], longest)
-
-    def _render(self, question: str, earlier: list[Turn]) -> str:
-        """The prompt as text, with one image token. Raises PromptError."""
-        token = self._processor.image_token
-        messages = messages_for(
-            question,
-            system=self._job.model.system_prompt,
-            conversation=earlier,
-            image_token=token,
-        )
-        try:
-            prompt: str = self._processor.apply_chat_template(
-                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise TemplateFailed(
-                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
-            ) from error
-        if (count := prompt.count(token)) != 1:
-            raise TemplateFailed(
-                f"the chat template wrote {token} {count} times for one image: give the "
-                "checkpoint a template that places {'type': 'image'} parts"
-            )
-        return prompt
-
-    def _tokenise(self, prompt: str, max_new_tokens: int) -> list[int]:
-        """The whole prompt's ids as the processor gives them, image tokens expanded.
-
-        A template that writes the start token itself gets no second one. Raises PromptTooLong.
-        """
-        processor, tokenizer = self._processor, self._processor.tokenizer
-        expanded = prompt.replace(
-            processor.image_token, processor.image_token * self._tokens_per_image
-        )
-        bos = tokenizer.bos_token
-        has_bos = bos is not None and prompt.startswith(bos)
-        ids: list[int] = tokenizer(expanded, add_special_tokens=not has_bos, verbose=False)[
-            "input_ids"
-        ]
-        if self._context is not None and len(ids) + max_new_tokens > self._context:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({self._tokens_per_image} of them the image) "
-                f"and the answer up to {max_new_tokens}: together more than the model's context "
-                f"of {self._context}; shorten the question or max_new_tokens"
-            )
-        return ids
 
 
 def _entry(id: str | None = None, question: str | None = None, longest: int | None = None) -> Entry:
@@ -195,17 +158,27 @@ def _ids_that_collide(questions: list[dict[str, str]], *, taken: set[str]) -> Ro
     seen = set(taken)
     for question in questions:
         if question["id"] in seen:
-            whose = "the spec's ask" if question["id"] in taken else "the row's questions"
             return QuestionsMalformed(
-                f"the question id {question['id']!r} is already used in {whose}: ids of one row "
-                "must be distinct"
+                f"the question id {question['id']!r} is used twice, by the row's questions or by "
+                "the spec's ask: ids of one row must be distinct"
             )
         seen.add(question["id"])
     return None
 
 
-def _tokens_per_image(processor: Any) -> int:
-    """How many image tokens the processor writes for one image, whatever its size."""
-    blank = Image.new("RGB", (64, 64))
-    ids: list[int] = processor(text=processor.image_token, images=blank)["input_ids"][0]
-    return ids.count(processor.image_token_id)
+def _image_columns(image: Decoded, *, is_wanted: bool) -> dict[str, Any]:
+    columns: dict[str, Any] = {"image_width": image.width, "image_height": image.height}
+    if is_wanted:
+        columns |= {"pixels": image.pixels, "pixels_shape": image.shape}
+    return columns
+
+
+def _decode_settings(job: JobSpec, processor: Any) -> DecodeSettings:
+    """Raises SpecError where images of this processor cannot be decoded as the spec wants."""
+    resize = resize_of(processor)
+    if job.source.decode == "fast" and isinstance(resize, ProcessorResize):
+        raise SpecError(
+            f"source.decode is fast, but how large {type(processor.image_processor).__name__} "
+            "makes an image is not known beforehand; set source.decode to exact"
+        )
+    return settings_of(job, resize)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.prompt import LLAVA_1_5_TEMPLATE
-from schemas.job import ROW_QUESTIONS, AskPrompt, JobSpec
+from schemas.job import ROW_QUESTIONS, AskPrompt, JobSpec, SourceSpec
 from schemas.tables import SCHEMA_VERSION
 
 TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
@@ -34,10 +34,20 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
         "template": _template(checkpoint),
         "system_prompt": digest({"text": job.model.system_prompt}),
         "decoding": "greedy",
-        "image": digest({"column": columns.image, "max_pixels": job.source.max_image_pixels}),
+        "image": digest({"column": columns.image}),
+        "pixels": _pixels(job.source),
         "conversation": digest({"column": columns.conversation}),
         "schema_version": str(SCHEMA_VERSION),
     }
+
+
+def _pixels(source: SourceSpec) -> str:
+    """How images are decoded, and which are not."""
+    truncated = "truncated ones too" if source.allow_truncated else "no truncated ones"
+    return (
+        f"{source.decode}, up to {source.max_image_pixels} pixels and {source.max_image_bytes} "
+        f"bytes, {truncated}"
+    )
 
 
 def question_fingerprints(job: JobSpec) -> dict[str, str]:

@@ -175,6 +175,7 @@ class Stage:
     ) -> None:
         self._name, self._gate, self._nothing = name, gate, nothing
         self._error: LavaflowError | None = None
+        gate.arrive(name)
         try:
             self._call = build()
         except LavaflowError as error:

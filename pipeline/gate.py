@@ -7,6 +7,8 @@ A tiny actor holds it, since the stages run on other machines. One that cannot b
 open: an answer too many costs less than a job that ends by mistake.
 """
 
+from collections import Counter, defaultdict
+
 import ray
 
 ANSWER_TIMEOUT_S = 1.0
@@ -25,16 +27,20 @@ class Gate:
         except ray.exceptions.RayError:
             return True
 
+    def arrive(self, stage: str) -> None:
+        """An actor of the stage has started, maybe again: none of its calls is inside."""
+        self._keeper.arrive.remote(stage, _actor())
+
     def enter(self, stage: str) -> bool:
         """Whether a call of the stage may begin. If so, it has to `leave`."""
         try:
-            return bool(ray.get(self._keeper.enter.remote(stage)))
+            return bool(ray.get(self._keeper.enter.remote(stage, _actor())))
         except ray.exceptions.RayError:
             return True
 
     def leave(self, stage: str, *, rows: int) -> None:
         """A call is over, which has made this many rows."""
-        self._keeper.leave.remote(stage, rows)
+        self._keeper.leave.remote(stage, _actor(), rows)
 
     def rows_after_close(self, stage: str) -> int | None:
         """Close the gate; the rows that the stage has made, or None while a call is inside."""
@@ -45,26 +51,34 @@ class Gate:
         return rows
 
 
+def _actor() -> str:
+    """The id of this actor, which it keeps when it is restarted."""
+    return str(ray.get_runtime_context().get_actor_id())
+
+
 class _Keeper:
     """The actor's side."""
 
     def __init__(self) -> None:
         self._is_open = True
-        self._inside: dict[str, int] = {}
-        self._rows: dict[str, int] = {}
+        self._inside: dict[str, Counter[str]] = defaultdict(Counter)
+        self._rows: Counter[str] = Counter()
 
     def is_open(self) -> bool:
         return self._is_open
 
-    def enter(self, stage: str) -> bool:
-        if self._is_open:
-            self._inside[stage] = self._inside.get(stage, 0) + 1
+    def arrive(self, stage: str, actor: str) -> None:
+        self._inside[stage][actor] = 0
+
+    def enter(self, stage: str, actor: str) -> bool:
+        self._inside[stage][actor] += self._is_open
         return self._is_open
 
-    def leave(self, stage: str, rows: int) -> None:
-        self._inside[stage] = self._inside.get(stage, 0) - 1
-        self._rows[stage] = self._rows.get(stage, 0) + rows
+    def leave(self, stage: str, actor: str, rows: int) -> None:
+        self._inside[stage][actor] -= 1
+        self._rows[stage] += rows
 
     def close(self, stage: str) -> int | None:
         self._is_open = False
-        return None if self._inside.get(stage, 0) > 0 else self._rows.get(stage, 0)
+        is_anyone_inside = any(count > 0 for count in self._inside[stage].values())
+        return None if is_anyone_inside else self._rows[stage]

@@ -93,9 +93,9 @@ class Gathered:
         try:
             return ray.get(write)
         except ray.exceptions.RayError as error:
-            if not _is_loss(error):
+            if (loss := _loss_in(error)) is None:
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = str(loss).partition("\n")[0]
             self._say(f"{rows:,} answers were lost before they were written ({reason})")
             return RECEIPT.empty_table()
 
@@ -115,9 +115,8 @@ def _write(arguments: Mapping[str, Any], slices: Sequence[Slice], *blocks: pa.Ta
     return write_part(pa.concat_tables([part for part in parts if part.num_rows]), **arguments)
 
 
-def _is_loss(error: ray.exceptions.RayError) -> bool:
-    """Whether a worker or a block was lost, not the write's own work."""
+def _loss_in(error: ray.exceptions.RayError) -> ray.exceptions.RayError | None:
+    """How a worker or a block was lost; None where the write itself has failed."""
+    # A block that is lost is raised by the task that wants it.
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return isinstance(cause, ray.exceptions.RayError) and not isinstance(
-        cause, ray.exceptions.RayTaskError
-    )
+    return cause if isinstance(cause, ray.exceptions.RayError) else None

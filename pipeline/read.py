@@ -38,7 +38,7 @@ def read_shards(
     schema = with_keep(SAMPLE, keep)
     rows: list[dict[str, Any]] = []
     n_bytes = 0
-    for row in _rows(job, work, source=open_source(job.source)):
+    for row in _rows(job, work, source=open_source(job.source, keep=keep)):
         rows.append(row)
         n_bytes += len(row.get("image") or b"")
         if n_bytes >= MAX_TABLE_BYTES or len(rows) >= MAX_TABLE_ROWS:
@@ -79,6 +79,7 @@ def _columns(sample: Sample) -> dict[str, Any]:
         "source_index": sample.index,
         "sample_id": sample.sample_id,
         "image": sample.image,
+        "image_error": error_of(sample.image_error),
         "error": error_of(sample.error),
         **{KEEP + name: value for name, value in sample.keep.items()},
     }

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,9 @@ def session(address: str | None) -> Iterator[dict[str, float]]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
     try:
-        yield ray.cluster_resources()
+        # Ray tells of workers that have died on stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield ray.cluster_resources()
     finally:
         ray.shutdown()
 

@@ -86,10 +86,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     """What a store raises when it cannot be reached or read: OSError, and what s3fs lets through.
 
     s3fs passes on the exceptions of its own libraries once it has retried; a library that is not
-    imported has raised none.
+    imported, or is being imported by another thread, has raised none.
     """
     foreign = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
-    return (OSError, *(getattr(sys.modules[m], name) for m, name in foreign if m in sys.modules))
+    found = (getattr(sys.modules.get(module), name, None) for module, name in foreign)
+    return (OSError, *(error for error in found if error is not None))
 
 
 def identity_of(info: Info) -> str:

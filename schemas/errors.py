@@ -8,15 +8,19 @@
     └── RowError                  becomes one failed row, never the end of a job
         ├── ReadError             stage `read`
         │   ├── ShardUnreadable       the row is lost in a damaged shard, or the shard ends in it
+        │   ├── ManifestMalformed     a line of a manifest that is no JSON object
         │   ├── ImageMissing          a sample without an image
         │   ├── ImageUnreachable      the server of an image fails, or takes too long
         │   ├── ColumnMalformed       a kept column's value does not fit the table's column
+        │   ├── FilterFailed          `source.where` cannot be evaluated for the row
         │   └── QuestionsMalformed    the row's questions cannot be known
         ├── DecodeError           stage `decode`
         │   ├── ImageEmpty            zero bytes
         │   ├── ImageUnidentified     no decoder knows these bytes
         │   ├── ImageCorrupt          a decoder knows them and fails
-        │   └── ImageTooLarge         more pixels than `source.max_image_pixels`
+        │   ├── ImageTooLarge         more pixels, bytes or memory than the spec allows
+        │   ├── DecoderCrashed        decoding it ended the process that decodes, twice
+        │   └── DecoderTimedOut       decoding it took longer than the spec allows
         ├── PromptError           stage `prompt`
         │   ├── ConversationMalformed the row's conversation cannot be read as turns
         │   ├── ImageTokenInText      text that would be taken for an image
@@ -68,6 +72,10 @@ class ShardUnreadable(ReadError):
     pass
 
 
+class ManifestMalformed(ReadError):
+    pass
+
+
 class ImageMissing(ReadError):
     pass
 
@@ -77,6 +85,10 @@ class ImageUnreachable(ReadError):
 
 
 class ColumnMalformed(ReadError):
+    pass
+
+
+class FilterFailed(ReadError):
     pass
 
 
@@ -101,6 +113,14 @@ class ImageCorrupt(DecodeError):
 
 
 class ImageTooLarge(DecodeError):
+    pass
+
+
+class DecoderCrashed(DecodeError):
+    pass
+
+
+class DecoderTimedOut(DecodeError):
     pass
 
 

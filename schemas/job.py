@@ -44,19 +44,24 @@ class ColumnsSpec(Spec):
     image: str | None = Field(
         None,
         description="webdataset: suffix of the image member (`jpg`); null takes the first member "
-        "with a known image suffix.",
+        "with a known image suffix. parquet: column with the bytes, the path or the URL of the "
+        "image; manifest: column with its path or URL; null takes the one that is called so.",
     )
     id: str = Field(
         "__key__",
-        description="Column that becomes `sample_id`; `__key__` is the tar key or the file name.",
+        description="Column that becomes `sample_id`; `__key__` is the tar key, the `id` of a "
+        "manifest's row, or the name of the image's file; in parquet, the column of that name, "
+        "else the image's path or URL, else the row's number.",
     )
     questions: str = Field(
-        "questions", description="Column with the row's own questions, for `from: questions`."
+        "questions",
+        description="Column with the row's own questions, for `from: questions`. In a manifest "
+        "without it, the questions of VQA's and LLaVA's files are known by their shape.",
     )
     conversation: str | None = Field(
         None,
         description="Column with earlier turns, a list of {role, content}, that each question "
-        "continues.",
+        "continues; manifest: or LLaVA's list of {from, value}.",
     )
 
 
@@ -73,7 +78,9 @@ class SourceSpec(Spec):
     )
     columns: ColumnsSpec = Field(ColumnsSpec(), description="Names of the columns to read.")
     keep: tuple[str, ...] = Field(
-        (), description="Source columns carried into the answer table, as JSON text."
+        (),
+        description="Source columns carried into the answer table: parquet's with their types, "
+        "others as JSON text.",
     )
     image_root: str | None = Field(
         None,
@@ -81,7 +88,10 @@ class SourceSpec(Spec):
         "null: the folder of the file that names them.",
     )
     image_timeout_s: float = Field(
-        30.0, gt=0, description="parquet, manifest: seconds that fetching one image may take."
+        30.0,
+        gt=0,
+        description="parquet, manifest: seconds that one try at fetching an image may take; an "
+        "image is tried three times, in a store of this spec five times.",
     )
     max_image_pixels: int = Field(
         178_956_970,
@@ -100,8 +110,8 @@ class SourceSpec(Spec):
     )
     allow_truncated: bool = Field(
         False,
-        description="Decode images that are cut off, with grey where bytes are missing; else they "
-        "are failed rows.",
+        description="Decode images that are cut off, grey or black where bytes are missing; else "
+        "they are failed rows.",
     )
     storage: StorageSpec = Field(StorageSpec(), description="How to reach the source.")
 
@@ -229,6 +239,16 @@ class PreprocessResources(Spec):
     )
     cpus: float | None = Field(
         None, ge=0.001, description="Logical CPUs of one actor; null: 1, less on small machines."
+    )
+    decode_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds that decoding one image may take; else it is a failed row.",
+    )
+    decode_memory_bytes: int = Field(
+        2 * 2**30,
+        ge=64 * 2**20,
+        description="Memory that decoding one image may take; else it is a failed row. On Linux.",
     )
 
     @field_validator("actors")

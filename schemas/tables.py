@@ -38,6 +38,7 @@ SAMPLE = pa.schema(
     [
         *_PLACE,
         pa.field("image", pa.large_binary()),
+        pa.field("image_error", ERROR),
         pa.field(
             "questions", pa.list_(pa.struct([("id", pa.string()), ("question", pa.string())]))
         ),
@@ -51,8 +52,8 @@ SAMPLE = pa.schema(
 )
 """`units`: the units of coverage still to be answered for this row. `questions`: the row's own,
 null where the source has none; `questions_error` says why they cannot be known,
-`conversation_error` why no question of the row can be rendered. `error`: the whole row cannot be
-read."""
+`conversation_error` why no question of the row can be rendered, `image_error` why it has no image.
+`error`: the whole row cannot be read."""
 
 PROMPT = pa.struct(
     [

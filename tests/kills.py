@@ -144,7 +144,8 @@ def prepare_worker() -> None:
         time.sleep(orders.row_s * len(places))
         result = generate(stage, batch)
         _log(orders, "answered", _places_of_rows(result))
-        orders.die_if_due("generated", first=lambda: _write_first_row(write, stage, result))
+        if places:
+            orders.die_if_due("generated", first=lambda: _write_first_row(write, stage, result))
         return result
 
     @functools.wraps(write)
@@ -166,7 +167,8 @@ def _write_first_row(write: Callable[..., pa.Table], stage: Any, answered: pa.Ta
     from pipeline.footer import Fingerprint
 
     job, keep = stage._job, stage._keep
-    first = pc.equal(answered["source_index"], answered["source_index"][0])
+    # An end mark has no index.
+    first = pc.equal(answered["source_index"], answered["source_index"].drop_null()[0])
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
     write(answered.filter(first), output=job.output, keep=keep, fingerprint=fingerprint)
 

@@ -1,16 +1,19 @@
 """Whole jobs as a person runs them: the installed command, its exit status, what it prints."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.lease import hold
+from pipeline.storage import Output
+from schemas.job import StorageSpec
+from tests.processes import LiveRun
 from tests.shards import image_bytes, write_shard
+from tests.watch import wait_until
 from tests.whole_jobs import answers, job_of, lavaflow, scene, write_shapes
 
 pytestmark = pytest.mark.slow
@@ -75,47 +78,28 @@ def test_a_bad_model_path_is_found_before_anything_starts(tmp_path: Path) -> Non
     assert done.stderr.count("\n") == 1
 
 
-def start_and_wait_for_answers(spec: Path, output: Path) -> "subprocess.Popen[str]":
-    """A run of the spec that has staged its first answers, and is not over."""
-    command = [str(Path(sys.executable).with_name("lavaflow")), "run", str(spec)]
-    running = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has them ignore SIGINT, and their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    staging = output / "staging"
-    deadline = time.monotonic() + 120
-    while not (staging.is_dir() and any(staging.iterdir())):
-        assert time.monotonic() < deadline, "nothing was answered in two minutes"
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.05)
-    return running
+def test_an_output_that_another_run_holds_is_status_75(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "in", shards=1, images=1)
+    output = Output(str(tmp_path / "out"), StorageSpec())
+    with hold(output, run_id="first", timeout_s=60, say=print):
+        held = lavaflow("caption", "in", "-o", "out", cwd=tmp_path)
+    assert held.returncode == 75
+    assert f"is held by run first on {socket.gethostname()} (pid {os.getpid()}, " in held.stderr
+    assert held.stderr.count("\n") == 1
+    assert not (tmp_path / "out/runs").exists()
 
 
-def finish_and_verify(spec: Path, output: Path, *, answers: int) -> None:
-    """Run what is left; the table is whole, and not everything was answered again."""
+def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "in", shards=4, images=24)
+    output = {"path": str(tmp_path / "out"), "commit_interval_s": 0}
+    spec = write_spec(tmp_path, output=output)
+    with LiveRun(spec) as running:
+        staging = tmp_path / "out/staging"
+        wait_until(lambda: staging.is_dir() and any(staging.iterdir()), timeout_s=120)
+        running.kill()
     done = lavaflow("run", str(spec), "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    assert record["counts"] == {"ok": answers, "failed": 0, "skipped": 0}
-    assert record["new"]["ok"] < answers
-    assert lavaflow("verify", str(output)).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
-def test_a_run_that_was_stopped_goes_on_where_it_was(
-    tmp_path: Path, stop: signal.Signals, status: int
-) -> None:
-    write_shapes(tmp_path / "in", shards=8, images=24)
-    spec = write_spec(tmp_path)
-    running = start_and_wait_for_answers(spec, tmp_path / "out")
-    running.send_signal(stop)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == status, said
-    if stop != signal.SIGKILL:
-        assert "the same command goes on from here" in said
-    finish_and_verify(spec, tmp_path / "out", answers=384)
+    assert record["counts"] == {"ok": 192, "failed": 0, "skipped": 0}
+    assert record["new"]["ok"] < 192
+    assert lavaflow("verify", str(tmp_path / "out")).returncode == 0

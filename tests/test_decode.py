@@ -13,7 +13,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from pipeline.decode import decode
+from pipeline.decode import decode, decode_picture
 from schemas.errors import (
     DecodeError,
     ImageCorrupt,
@@ -189,8 +189,9 @@ class TestErrors:
         assert "19999 of source.max_image_pixels" in message
         assert decode(data, max_pixels=20_000).size == (200, 100)
 
-    def test_an_image_hidden_in_an_icon_obeys_the_limit(self) -> None:
-        big = saved(Image.new("L", (2000, 2000)), "PNG")
+    @pytest.mark.parametrize("side", [101, 2000])
+    def test_an_image_hidden_in_an_icon_obeys_the_limit(self, side: int) -> None:
+        big = saved(Image.new("L", (side, side)), "PNG")
         entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(big), 22)
         with pytest.raises(ImageTooLarge, match=r"source\.max_image_pixels"):
             decode(struct.pack("<HHH", 0, 1, 1) + entry + big, max_pixels=LIMIT)
@@ -224,6 +225,86 @@ class TestErrors:
         png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
         with pytest.raises(ImageCorrupt):
             decode(png + struct.pack(">I", zlib.crc32(chunk)), max_pixels=LIMIT)
+
+
+class TestTruncatedOnesThatAreAllowed:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+    def test_what_is_there_is_decoded(self, kind: str) -> None:
+        data = saved(gradient((400, 300)), kind)
+        image = decode(data[: len(data) * 3 // 4], max_pixels=200_000, allow_truncated=True)
+        whole = decode(data, max_pixels=200_000)
+        top = (0, 0, 400, 100)
+        assert image.size == (400, 300)
+        assert image.crop(top).tobytes() == whole.crop(top).tobytes()
+        assert image.tobytes() != whole.tobytes()
+
+    @pytest.mark.parametrize("data", [b"", photo("PNG")[:17], b"no image"])
+    def test_what_has_no_pixels_fails_all_the_same(self, data: bytes) -> None:
+        with pytest.raises(DecodeError):
+            decode(data, max_pixels=LIMIT, allow_truncated=True)
+
+
+def twice(size: tuple[int, int]) -> tuple[int, int]:
+    """Enough for an image that becomes a twentieth as large."""
+    return size[0] // 10, size[1] // 10
+
+
+class TestReduced:
+    @pytest.mark.parametrize(
+        ("enough", "size"),
+        [
+            ((80, 60), (100, 75)),
+            ((100, 75), (100, 75)),
+            ((101, 75), (200, 150)),
+            ((401, 300), (800, 600)),
+            ((10, 600), (800, 600)),
+            ((1000, 10), (800, 600)),
+        ],
+    )
+    def test_a_jpeg_becomes_an_eighth_a_quarter_or_a_half_but_never_less_than_enough(
+        self, enough: tuple[int, int], size: tuple[int, int]
+    ) -> None:
+        data = saved(gradient((800, 600)), "JPEG")
+        picture = decode_picture(data, max_pixels=480_000, enough=lambda _: enough)
+        assert (picture.image.size, picture.size) == (size, (800, 600))
+
+    @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+    def test_what_is_enough_is_said_of_the_upright_image(self, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(gradient((800, 600)), "JPEG", exif=exif)
+        whole = decode_picture(data, max_pixels=480_000)
+        asked: list[tuple[int, int]] = []
+
+        def enough(size: tuple[int, int]) -> tuple[int, int]:
+            asked.append(size)
+            return twice(size)
+
+        reduced = decode_picture(data, max_pixels=480_000, enough=enough)
+        assert asked == [whole.size]
+        assert reduced.size == whole.size == whole.image.size
+        assert reduced.image.size == tuple(side // 8 for side in whole.size)
+
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG2000"])
+    def test_other_formats_are_decoded_whole(self, kind: str) -> None:
+        data = saved(gradient((800, 600)), kind)
+        picture = decode_picture(data, max_pixels=480_000, enough=twice)
+        assert picture.image.tobytes() == decode(data, max_pixels=480_000).tobytes()
+        assert picture.size == (800, 600)
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
+    def test_every_mode_of_jpeg_can_be_reduced(self, mode: str) -> None:
+        image = gradient((80, 60)).resize((800, 600), Image.Resampling.BICUBIC)
+        data = saved(image.convert(mode), "JPEG", quality=95)
+        picture = decode_picture(data, max_pixels=480_000, enough=twice)
+        whole = decode(data, max_pixels=480_000).resize((100, 75), Image.Resampling.BOX)
+        difference = np.asarray(picture.image).astype(int) - np.asarray(whole)
+        assert np.abs(difference).mean() < 2
+
+    def test_the_limit_is_of_the_whole_image(self) -> None:
+        data = saved(gradient((800, 600)), "JPEG")
+        with pytest.raises(ImageTooLarge):
+            decode_picture(data, max_pixels=479_999, enough=twice)
 
 
 class TestSettingsOfTheProcess:

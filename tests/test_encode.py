@@ -1,16 +1,20 @@
 """The CPU step: samples to pixels and prompts, with every failure in its entry."""
 
 import hashlib
-import io
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
+from transformers import ConvNextImageProcessorPil
 
 from pipeline.encode import Encode
+from schemas.errors import SpecError
 from schemas.job import JobSpec
 from schemas.tables import PREPARED, SAMPLE, table_of, with_keep
+from tests.hostile_decoders import hostile, path_with_hostile_decoders
 from tests.models import noise_image, shared_checkpoint, tiny_processor, write_checkpoint
+from tests.shards import saved
 
 KEEP = {"url": pa.string(), "at": pa.timestamp("ns")}
 CAPTION = {"id": "caption", "prompt": "Describe the image."}
@@ -30,14 +34,8 @@ def job_of(*ask, model=None, **source):
     )
 
 
-def png(image):
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
-
-
 IMAGE = noise_image(5, width=50, height=70)
-DATA = png(IMAGE)
+DATA = saved(IMAGE, "PNG")
 
 
 def sample(index=0, **columns):
@@ -171,6 +169,80 @@ def test_an_image_with_too_many_pixels_fails():
     assert outcomes(row) == [("caption", "failed", "ImageTooLarge")]
 
 
+def test_an_image_of_too_many_bytes_is_not_decoded():
+    job = job_of(CAPTION, max_image_bytes=len(DATA) - 1)
+    [row] = encode(Encode(job, {}), sample(units=["caption"]))
+    assert outcomes(row) == [("caption", "failed", "ImageTooLarge")]
+    assert row["image_sha256"] == hashlib.sha256(DATA).hexdigest()
+
+
+def test_truncated_images_are_answered_where_that_is_allowed(encoder):
+    cut = sample(units=["caption"], image=DATA[: len(DATA) // 2])
+    [strict] = encode(encoder, cut)
+    [lenient] = encode(Encode(job_of(CAPTION, allow_truncated=True), {}), cut)
+    assert outcomes(strict) == [("caption", "failed", "ImageCorrupt")]
+    assert outcomes(lenient) == [("caption", None, None)]
+    assert lenient["image_height"] == 70
+
+
+def test_fast_takes_large_jpegs_at_a_fraction_and_other_images_as_they_are(encoder):
+    image = Image.effect_mandelbrot((640, 480), (-2.0, -1.2, 1.0, 1.2), 60).convert("RGB")
+    samples = [sample(n, image=file) for n, file in enumerate([saved(image, "JPEG"), DATA])]
+    large, small = encode(encoder, *samples)
+    fast_large, fast_small = encode(Encode(job_of(decode="fast"), {}), *samples)
+    assert fast_small == small
+    assert (fast_large["image_width"], fast_large["image_height"]) == (640, 480)
+    pairs = [np.frombuffer(row["pixels"], np.uint8).astype(int) for row in (large, fast_large)]
+    assert 0 < np.abs(pairs[0] - pairs[1]).mean() < 3
+    assert {**large, "pixels": None} == {**fast_large, "pixels": None}
+
+
+def test_fast_is_refused_for_a_processor_that_nobody_knows(tmp_path):
+    processor = tiny_processor()
+    processor.image_processor = ConvNextImageProcessorPil(size={"shortest_edge": 32})
+    model = {"path": str(write_checkpoint(tmp_path, processor=processor))}
+    [row] = encode(Encode(job_of(CAPTION, model=model), {}), sample(units=["caption"]))
+    assert row["pixels_shape"] == [32, 32, 3]
+    with pytest.raises(SpecError, match=r"source\.decode is fast, but .*ConvNext.* set .* exact"):
+        Encode(job_of(CAPTION, model=model, decode="fast"), {})
+
+
+def test_an_image_that_ends_the_process_fails_alone(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", path_with_hostile_decoders())
+    images = [DATA, hostile("segv"), DATA, hostile("surprise:x"), DATA[:99], DATA]
+    rows = encode(Encode(job_of(), {}), *[sample(n, image=i) for n, i in enumerate(images)])
+    failures = [None, "DecoderCrashed", None, "DecoderCrashed", "ImageCorrupt", None]
+    assert [outcomes(row)[0][2] for row in rows] == failures
+    assert [len(row["prompts"]) for row in rows] == [3] * 6
+    assert rows[1]["prompts"][0]["error"]["stage"] == "decode"
+    assert rows[2]["pixels"] == rows[0]["pixels"]
+
+
+def test_what_is_wrong_with_the_image_is_told_first(encoder):
+    questions = [{"id": "q0", "question": "a <image> b"}]
+    [row] = encode(encoder, sample(questions=questions, image=b"x"))
+    assert outcomes(row) == [
+        (q, "failed", "ImageUnidentified") for q in ("caption", "colour", "q0")
+    ]
+    assert [p["prompt"] for p in row["prompts"]] == [None] * 3
+    assert [p["token_ids"] for p in row["prompts"]] == [None] * 3
+
+
+def test_a_row_whose_questions_all_fail_takes_no_pixels_along(encoder):
+    questions = [{"id": "q0", "question": "a <image> b"}]
+    [row] = encode(encoder, sample(units=["questions"], questions=questions))
+    assert (row["pixels"], row["image_width"]) == (None, 50)
+
+
+def test_the_same_question_of_many_rows_is_asked_of_each(encoder):
+    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    alone, after, again = encode(
+        encoder, sample(0), sample(1, conversation=turns), sample(2, units=["caption"])
+    )
+    assert after["prompts"][0]["prompt"] != alone["prompts"][0]["prompt"]
+    assert again["prompts"] == alone["prompts"][:1]
+
+
 def test_questions_that_cannot_be_known_fail_once_and_the_others_are_asked(encoder):
     error = {"stage": "read", "class": "QuestionsMalformed", "message": "no list"}
     [row] = encode(encoder, sample(questions=None, questions_error=error))
@@ -208,6 +280,13 @@ def test_a_conversation_that_cannot_be_read_fails_every_question(encoder):
     assert outcomes(row) == [
         (q, "failed", "ConversationMalformed") for q in ("caption", "colour", "q0")
     ]
+
+
+def test_an_image_that_cannot_be_had_fails_every_question(encoder):
+    error = {"stage": "read", "class": "ImageMissing", "message": "it is gone"}
+    [row] = encode(encoder, sample(image=None, image_error=error))
+    assert outcomes(row) == [(q, "failed", "ImageMissing") for q in ("caption", "colour", "q0")]
+    assert row["prompts"][0]["error"] == error
 
 
 def test_one_bad_question_leaves_the_others_alone(encoder):

@@ -48,6 +48,7 @@ def test_the_same_job_has_the_same_fingerprint_wherever_its_checkpoint_lies(fold
         {"source": {"format": "webdataset", "path": "z"}},
         {"output": {"path": "other", "rows_per_file": 7, "prompts": True}},
         {"resources": {"generate": {"batch_size": 3, "actors": 2}}},
+        {"resources": {"preprocess": {"decode_timeout_s": 3, "decode_memory_bytes": 2**30}}},
         {"model": {"attention": "eager", "device": "cpu"}},
         {"max_failed_fraction": 0.5},
     ],
@@ -61,7 +62,11 @@ def test_what_does_not_decide_an_answer_is_not_in_it(folder, parts):
     [
         ({"model": {"dtype": "bfloat16"}}, "dtype"),
         ({"model": {"system_prompt": "Be brief."}}, "system_prompt"),
-        ({"source": {"format": "images", "path": "x", "max_image_pixels": 99}}, "image"),
+        ({"source": {"format": "images", "path": "x", "columns": {"image": "c"}}}, "image"),
+        ({"source": {"format": "images", "path": "x", "max_image_pixels": 99}}, "pixels"),
+        ({"source": {"format": "images", "path": "x", "max_image_bytes": 99}}, "pixels"),
+        ({"source": {"format": "images", "path": "x", "decode": "fast"}}, "pixels"),
+        ({"source": {"format": "images", "path": "x", "allow_truncated": True}}, "pixels"),
         (
             {"source": {"format": "images", "path": "x", "columns": {"conversation": "c"}}},
             "conversation",
@@ -70,6 +75,13 @@ def test_what_does_not_decide_an_answer_is_not_in_it(folder, parts):
 )
 def test_a_spec_that_decides_answers_changes_its_component(folder, parts, component):
     assert differing(of(folder), of(folder, **parts)) == {component}
+
+
+def test_a_refusal_can_say_how_images_are_decoded(folder):
+    source = {"format": "images", "path": "x", "max_image_pixels": 9, "max_image_bytes": 8}
+    assert of(folder, source=source)["pixels"] == (
+        "exact, up to 9 pixels and 8 bytes, no truncated ones"
+    )
 
 
 def test_other_weights_change_the_weights_only(folder):

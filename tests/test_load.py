@@ -232,7 +232,8 @@ def test_every_mistake_has_its_line() -> None:
     )
     assert told.splitlines() == [
         "job.yaml: 16 mistakes",
-        "  source.format: 'image' should be 'webdataset' or 'images'; did you mean images?",
+        "  source.format: 'image' should be 'webdataset', 'parquet', 'images' or 'manifest'; "
+        "did you mean images?",
         "  source.path: 5 should be a string or a list",
         "  source.storage.anon: 'yes' should be true or false",
         "  ask.0.id: 1 should be a string",
@@ -406,6 +407,9 @@ def test_a_dumped_spec_says_only_what_differs_from_the_defaults() -> None:
         ("a/{00000..00009}", "webdataset"),
         ("a/{x.tar,y.tar}", "webdataset"),
         ("a/*.tar.gz", "webdataset"),
+        ("a/train-*.parquet", "parquet"),
+        ("s3://b/questions.jsonl.gz", "manifest"),
+        ("llava_instruct.json", "manifest"),
         ("a/{x,y}/*.jpg", "images"),
         ("https://host/cat.png", "images"),
         ("nowhere", "images"),
@@ -424,12 +428,24 @@ def test_a_name_that_no_file_can_have_is_left_to_the_listing(source: str) -> Non
 def test_a_local_folder_is_looked_into(tmp_path: Path) -> None:
     (tmp_path / "set.v2" / "deep").mkdir(parents=True)
     assert guess_format(str(tmp_path / "set.v2")) == "images"
-    (tmp_path / "set.v2" / "deep" / "0.tar").touch()
-    assert guess_format(str(tmp_path / "set.v2")) == "webdataset"
+    for name, kind in (
+        ("notes.json", "manifest"),
+        ("a.png", "images"),
+        ("b.parquet", "parquet"),
+        ("0.tar", "webdataset"),
+    ):
+        (tmp_path / "set.v2" / "deep" / name).touch()
+        assert guess_format(str(tmp_path / "set.v2")) == kind
+
+
+def test_a_relative_image_root_means_the_folder_of_who_wrote_it(tmp_path: Path) -> None:
+    spec = minimal()
+    spec["source"] |= {"format": "parquet", "image_root": "photos"}
+    assert build_spec(spec, origin="x").source.image_root == str(Path("photos").absolute())
 
 
 def test_a_remote_folder_needs_a_word() -> None:
-    with pytest.raises(SpecError, match="add --format webdataset or --format images"):
+    with pytest.raises(SpecError, match="add --format webdataset, parquet, manifest or images"):
         guess_format("s3://bucket/photos/")
 
 

@@ -1,11 +1,14 @@
 """Whole jobs in this process, on Rays of several sizes: shards in, answers out, resumed."""
 
+import contextlib
 import io
 import json
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from rich.console import Console
 from jobs.run import run_job
 from jobs.verify import verify
 from schemas.errors import JobError, SpecError
+from schemas.job import JobSpec
 from tests.s3 import S3Server
 from tests.shards import json_bytes, saved, write_shard
+from tests.watch import wait_until
 from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
 
 pytestmark = pytest.mark.slow
@@ -28,6 +33,44 @@ def ray_session(s3_server: S3Server) -> Iterator[None]:
     """Started after the S3 server: Ray's workers inherit its credentials with the environment."""
     with ray_of(num_cpus=2):
         yield
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def job_on(disk: Path, *, retry_s: float) -> JobSpec:
+    write_shapes(disk / "in", shards=1, images=5)
+    return job_of(disk / "in", disk / "out", output={"path": str(disk / "out"), "retry_s": retry_s})
+
+
+@contextlib.contextmanager
+def full_from_the_start_of_answers(output: Path, *, for_s: float | None) -> Iterator[None]:
+    """Fill the disk when a run says that it is at work; empty it after a while, or at the end."""
+    ballast = output.parent / "ballast"
+
+    def fill() -> None:
+        wait_until(lambda: any(output.glob("runs/*.json")), timeout_s=60)
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                continue
+        if for_s is not None:
+            time.sleep(for_s)
+            ballast.unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(fill)
+        yield
+        filling.result()
+    ballast.unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -192,6 +235,27 @@ class TestOnTwoCores:
         )
         (record,) = (tmp_path / "out/runs").iterdir()
         assert json.loads(record.read_text())["ended"].startswith("JobError: model.device is cuda")
+
+    def test_a_disk_that_is_full_for_a_while_costs_no_answer(self, small_disk: Path) -> None:
+        job = job_on(small_disk, retry_s=120)
+        with full_from_the_start_of_answers(small_disk / "out", for_s=12):
+            result, _ = run(job)
+        assert result.record["ended"] == "complete"
+        assert result.record["new"]["ok"] == 10
+        assert verify(job).ok
+
+    def test_a_disk_that_stays_full_ends_the_run_and_the_next_one_goes_on(
+        self, small_disk: Path
+    ) -> None:
+        job = job_on(small_disk, retry_s=1)
+        with (
+            full_from_the_start_of_answers(small_disk / "out", for_s=None),
+            pytest.raises(JobError, match=r"the store failed: .*No space left.*: it goes on"),
+        ):
+            run(job)
+        result, _ = run(job)
+        assert result.record["new"]["ok"] == 10
+        assert verify(job).ok
 
     def test_shards_and_answers_on_s3(self, s3_server: S3Server, tmp_path: Path) -> None:
         import s3fs

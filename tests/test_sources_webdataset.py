@@ -33,6 +33,10 @@ PNG = image_bytes()
 HEADER = 512
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
 def spec_of(path: Path | str, **options: Any) -> SourceSpec:
     return SourceSpec.model_validate({"format": "webdataset", "path": str(path), **options})
 
@@ -86,10 +90,10 @@ def assert_breaks_at(samples: list[Sample], rows: int, index: int) -> str:
 
 class TestListing:
     def test_a_folder_gives_its_tars_sorted_and_nothing_else(self, tmp_path: Path) -> None:
-        for name in ("b.tar", "a.tar.gz", "sub/c.tgz", "notes.txt"):
+        for name in ("b.tar", "a.tar.gz", "sub/c.tgz", "d.tar.zst", "notes.txt"):
             write_shard(tmp_path / name, [])
         shards = WebDataset(spec_of(tmp_path)).list()
-        assert [Path(s.uri).name for s in shards] == ["a.tar.gz", "b.tar", "c.tgz"]
+        assert [Path(s.uri).name for s in shards] == ["a.tar.gz", "b.tar", "d.tar.zst", "c.tgz"]
         assert all(s.rows is None and s.identity for s in shards)
 
     def test_a_missing_path_is_a_spec_error(self, tmp_path: Path) -> None:
@@ -137,6 +141,11 @@ class TestGrouping:
     @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
     def test_compressed_tars_are_read(self, tmp_path: Path, mode: str) -> None:
         samples, rows = read_raw(tmp_path, tar_bytes(sample_members(4), mode=mode))
+        assert rows == len([s for s in samples if s.image]) == 4
+
+    def test_zstd_in_several_frames_is_read_to_its_end(self, tmp_path: Path) -> None:
+        data = tar_bytes(sample_members(4))
+        samples, rows = read_raw(tmp_path, zstd(data[:700]) + zstd(data[700:]))
         assert rows == len([s for s in samples if s.image]) == 4
 
     def test_gzip_in_several_members_is_read_to_its_end(self, tmp_path: Path) -> None:
@@ -398,6 +407,17 @@ class TestBrokenArchives:
         samples, rows = read_raw(tmp_path, data[: len(data) * 2 // 3])
         assert_breaks_at(samples, rows, 5)
 
+    @pytest.mark.parametrize(("kept", "more"), [(2 / 3, b""), (1, b"rubbish")])
+    def test_a_broken_zstd_gives_the_samples_before(
+        self, tmp_path: Path, kept: float, more: bytes
+    ) -> None:
+        noise = random.Random(0)
+        tar = tar_bytes([(f"{n}.png", noise.randbytes(40_000)) for n in range(9)])
+        frames = [zstd(tar[start : start + 10_000]) for start in range(0, len(tar), 10_000)]
+        data = b"".join(frames)
+        samples, rows = read_raw(tmp_path, data[: int(len(data) * kept)] + more)
+        assert_breaks_at(samples, rows, 5 if kept < 1 else 8)
+
     def test_a_wrong_gzip_checksum_is_found(self, tmp_path: Path) -> None:
         data = bytearray(tar_bytes(noisy_members(5), mode="w:gz"))
         data[-8] ^= 0xFF
@@ -409,9 +429,9 @@ class TestBrokenArchives:
     def test_no_byte_can_make_reading_raise_or_repeat_an_index(
         self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
     ) -> None:
-        mode = data.draw(st.sampled_from(["w", "w:gz"]))
+        pack = data.draw(st.sampled_from([bytes, gzip.compress, zstd]))
         long = [("d/" + "x" * 150 + ".png", PNG)]
-        raw = bytearray(tar_bytes(sample_members(3, columns={}) + long, mode=mode))
+        raw = bytearray(pack(tar_bytes(sample_members(3, columns={}) + long)))
         for _ in range(data.draw(st.integers(1, 8))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
         cut = data.draw(st.integers(0, len(raw)) | st.just(len(raw)))

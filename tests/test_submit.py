@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,13 +15,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.models import noise_image, tiny_model, write_checkpoint
+from tests.watch import wait_until
+
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT_S = 90.0
+SLOW_IMAGES = 12
 TOKEN = "lavaflow-test-token-0123456789abcdef"
 
 
@@ -112,13 +118,15 @@ def end(head: "subprocess.Popen[bytes]") -> None:
     head.wait()
 
 
-def spec_file(folder: Path, *, source: Path, name: str = "trial") -> Path:
+def spec_file(
+    folder: Path, *, source: Path, name: str = "trial", more: str = "", interval_s: float = 60
+) -> Path:
     file = folder / "job.yaml"
     file.write_text(
         f"name: {name}\n"
         f"source: {{format: images, path: {source}}}\n"
         "ask: [{id: caption, prompt: Describe the image.}]\n"
-        f"output: {{path: {folder}/out}}\n"
+        f"output: {{path: {folder}/out, commit_interval_s: {interval_s}}}\n{more}"
     )
     return file
 
@@ -161,6 +169,64 @@ def test_a_job_answers_on_the_cluster(cluster: str, tmp_path: Path) -> None:
     assert "Table: 2 answers: 2 ok" in logs
     answers = pq.read_table(tmp_path / "out" / "answers")
     assert answers["status"].to_pylist() == ["ok", "ok"]
+
+
+def asked(address: str, path: str) -> dict[str, Any]:
+    """What the Jobs API says; faster than the command, which has to load Ray."""
+    request = urllib.request.Request(
+        f"{address}/api/jobs/{path}", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+@pytest.mark.slow
+def test_a_stopped_job_finishes_what_is_in_flight_and_can_be_submitted_again(
+    cluster: str, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(SLOW_IMAGES):
+        noise_image(number).save(tmp_path / f"photos/{number}.png")
+    # A model that never ends an answer: each takes a second or two.
+    model = write_checkpoint(tmp_path / "model", model=tiny_model(context=2048))
+    more = (
+        f"model: {{path: {model}}}\ngenerate: {{max_new_tokens: 1000}}\n"
+        "resources: {generate: {batch_size: 1}}\ngrace_period_s: 45.5\n"
+    )
+    spec = spec_file(tmp_path, source=tmp_path / "photos", more=more, interval_s=0)
+    job_id = lavaflow("submit", str(spec), address=cluster).stdout.strip()
+    staging = tmp_path / "out" / "staging"
+    wait_until(lambda: staging.is_dir() and any(staging.iterdir()), timeout_s=120)
+    assert "RAY_JOB_STOP_WAIT_TIME_S=76" in environments_of("ray::JobSupervisor")
+
+    stopped = lavaflow("stop", job_id, address=cluster)
+    assert stopped.stdout == f"{job_id} is stopping\n"
+    wait_until(lambda: asked(cluster, job_id)["status"] != "RUNNING", timeout_s=60)
+    assert asked(cluster, job_id)["status"] == "STOPPED"
+    log = lavaflow("logs", job_id, address=cluster).stdout
+    assert "Terminated: finishing what is in flight, for 46 s at most" in log
+    assert "Terminated; the same command goes on from here." in log
+    told = re.search(r"^(\d+) answers are durable$", log, re.MULTILINE)
+    assert told, log
+    staged = pq.read_table(staging).num_rows
+    assert 0 < staged == int(told[1]) < SLOW_IMAGES
+
+    again = lavaflow("submit", str(spec), "--wait", address=cluster)
+    log = lavaflow("logs", again.stdout.strip(), address=cluster).stdout
+    assert again.returncode == 0, again.stderr + log
+    assert f"This run: {SLOW_IMAGES - staged} answers" in log
+    assert pq.read_table(tmp_path / "out/answers").num_rows == SLOW_IMAGES
+
+
+def environments_of(title: str) -> set[str]:
+    """What is in the environment of the processes with this title."""
+    processes = [
+        process.parent
+        for process in Path("/proc").glob("[0-9]*/cmdline")
+        if process.read_text().startswith(title)
+    ]
+    return {text for process in processes for text in (process / "environ").read_text().split("\0")}
 
 
 @pytest.mark.slow

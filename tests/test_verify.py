@@ -324,6 +324,24 @@ def test_an_image_folder_is_one_row_a_file(tmp_path: Path) -> None:
     assert verify(job).ok
 
 
+def test_a_file_in_pieces_is_looked_at_once_and_nothing_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.sources.parquet.PIECE_BYTES", 100)
+    table = pa.table({"path": [f"gone-{n}.png" for n in range(6)]})
+    file = str(tmp_path / "a.parquet")
+    pq.write_table(table, file, row_group_size=2)
+    job = JobSpec(
+        source={"format": "parquet", "path": file},
+        ask=[{"id": "caption", "prompt": "What?"}],
+        output={"path": str(tmp_path / "out")},
+    )
+    assert len(open_source(job.source).list()) > 1
+    reached = [row(n, uri=file) for n in range(5)]
+    answer(job, [*reached, failed(5, ["caption"], uri=file, error_class="ImageMissing")])
+    assert verify(job).ok
+
+
 QUESTIONS = (Question("q1", "?"), Question("q2", "?"))
 
 

@@ -48,7 +48,11 @@ class Watch:
         except store_errors() as error:
             self.failed_polls += 1
             if not self.can_fail:
-                self.faults.append(f"a poll failed: {error!r}")
+                self._note(f"a poll failed: {error!r}")
+
+    def _note(self, fault: str) -> None:
+        if fault not in self.faults:
+            self.faults.append(fault)
 
     def _look_at_files(self) -> None:
         for folder in ("answers", "staging"):
@@ -68,13 +72,13 @@ class Watch:
             data = self.fs.cat_file(name)
         except FileNotFoundError:
             if not may_vanish:
-                self.faults.append(f"{name} has gone")
+                self._note(f"{name} has gone")
             return
         self.files += 1
         try:
             pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
-            self.faults.append(f"{name} of {len(data)} bytes is not whole: {error}")
+            self._note(f"{name} of {len(data)} bytes is not whole: {error}")
 
     def _look_at_table(self) -> None:
         try:
@@ -85,16 +89,16 @@ class Watch:
             schema = fragment.physical_schema.remove_metadata()
             self._schema = self._schema or schema
             if not schema.equals(self._schema):
-                self.faults.append(f"{fragment.path} has other columns: {schema}")
+                self._note(f"{fragment.path} has other columns: {schema}")
         if self._schema is None:
             return
         self.polls += 1
         columns = dataset.to_table(columns=list(IDENTITY)).to_pydict().values()
         rows = list(zip(*columns, strict=True))
         if len(rows) != len(set(rows)):
-            self.faults.append(f"{len(rows) - len(set(rows))} answers are there twice")
+            self._note(f"{len(rows) - len(set(rows))} answers are there twice")
         if gone := self._rows - set(rows):
-            self.faults.append(f"{len(gone)} answers have gone, one is {min(gone, key=str)}")
+            self._note(f"{len(gone)} answers have gone, one is {min(gone, key=str)}")
         self._rows = set(rows)
 
 

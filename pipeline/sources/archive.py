@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import pyarrow as pa
+
 from pipeline.storage import filesystem, store_errors
 from schemas.errors import ShardUnreadable, StoreUnavailable
 from schemas.job import StorageSpec
 
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BUFFER_BYTES = 2**20
+ZSTD_READ_BYTES = 2**14
 BROKEN_OR_FORBIDDEN = (
     gzip.BadGzipFile,
     tarfile.TarError,
@@ -86,7 +90,7 @@ class Archive:
 
 @contextmanager
 def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
-    """The archive at `uri`, whatever its compression (none, gzip, bzip2, xz).
+    """The archive at `uri`, whatever its compression (none, gzip, zstd, bzip2, xz).
 
     Raises, from inside the `with` block too, ShardUnreadable where the archive is broken, gone or
     forbidden, and StoreUnavailable where the store fails.
@@ -109,8 +113,36 @@ def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
 
 
 def _decompressed(file: Any) -> io.BufferedIOBase:
-    """The bytes inside gzip; tarfile's own reader checks no checksum and stops after one member."""
+    """The bytes inside gzip or zstd.
+
+    tarfile's own reader checks no checksum, stops after one gzip member, and may know no zstd.
+    """
     stream = io.BufferedReader(file, BUFFER_BYTES)
-    if stream.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC:
+    start = stream.peek(len(ZSTD_MAGIC))
+    if start.startswith(GZIP_MAGIC):
         return gzip.GzipFile(fileobj=stream, mode="rb")
+    if start.startswith(ZSTD_MAGIC):
+        return io.BufferedReader(_Zstd(stream), BUFFER_BYTES)
     return stream
+
+
+class _Zstd(io.RawIOBase):
+    """The bytes inside zstd frames; a broken one is a tarfile.ReadError."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            # What is asked for together is lost together where the stream breaks.
+            data = self._stream.read(min(len(buffer), ZSTD_READ_BYTES))
+        except OSError as error:
+            # Arrow's own errors are bare OSErrors; those of the store pass through it unchanged.
+            if str(error).startswith(("ZSTD", "Truncated compressed stream")):
+                raise tarfile.ReadError(str(error)) from error
+            raise
+        buffer[: len(data)] = data
+        return len(data)

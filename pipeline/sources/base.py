@@ -29,12 +29,15 @@ def valid_text(text: str) -> str:
 class Shard:
     """One file of a source. `identity` changes when its content does: the etag, or size and mtime.
 
-    `rows` is the number of rows where the format tells it without reading, else null.
+    `rows` is the number of rows where the format tells it without reading, else null. `piece` is
+    (i, n): the i-th of n parts of a large file, to be read apart. All pieces share URI and
+    identity, rows keep their index in the file, and each piece ends with the rows of the file.
     """
 
     uri: str
     identity: str
     rows: int | None = None
+    piece: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class Sample:
     """One row of a shard: an image as it lies in the store, not yet decoded.
 
     `questions` is null where the source has none for this row, and a RowError where they cannot be
-    known. `error` is set where the row itself cannot be read; then there is no image.
+    known. `image_error` is set where the row is known and its image cannot be had: each of its
+    questions fails with it. `error` is set where the row itself cannot be read: it has one failed
+    answer, whatever is asked. With either, there is no image.
     """
 
     index: int
     sample_id: str
     image: bytes | None = None
+    image_error: RowError | None = None
     questions: Sequence[Question] | RowError | None = None
     conversation: Sequence[Turn] | RowError | None = None
     keep: Mapping[str, object] = field(default_factory=dict)
@@ -83,11 +89,14 @@ class Source(Protocol):
         """
 
     def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
-        """Yield the samples whose index is not in `skip`, in order, to the end of the shard.
+        """Yield the samples whose index is not in `skip`, to the end of the shard.
 
-        Returns the number of rows of the shard, skipped ones and the unreadable last one included.
+        They come in order or, where several rows name one image, image by image, in an order that
+        never changes; then neighbours on one image hold the same bytes object. Returns the number
+        of rows of the shard, skipped ones and the unreadable last one included.
 
         Skipped samples are passed over without being read where the format allows it. A shard
-        that breaks off ends with one sample whose `error` is ShardUnreadable. Never raises for
+        that breaks off ends with one sample whose `error` is ShardUnreadable; where a format tells
+        how many rows are lost, each of them is such a sample. Never raises for
         what the shard holds; raises StoreUnavailable where the store fails.
         """

@@ -38,7 +38,7 @@ from schemas.errors import (
 )
 from schemas.job import SourceSpec
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 TEXT_SUFFIXES = ("txt", "cls")
 
 

@@ -1,0 +1,212 @@
+"""The `manifest` format: files of JSON whose rows name images and, often, questions about them.
+
+JSONL, plain or compressed by gzip; a JSON list of objects; VQA's question JSON. A row's index is
+the number of its line, blank ones not counted, or its position in the list. `manifestrows.py` says
+what a row may look like. A row that cannot be read is a failed row; so is the first row that is
+lost where the file breaks off.
+
+Rows are given image by image, images by their first row, so that each is fetched once. For that the
+rows of a file are put aside on the local disk before the first of them is given. Large files are
+listed in pieces; each is read whole, and takes its share of the images.
+
+Where VQA's annotation JSON is given beside the questions (`*questions*.json`,
+`*annotations*.json`), its columns can be kept as if the questions had them; it has no rows itself.
+"""
+
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.coverage import Ranges
+from pipeline.sources.annotations import Annotations, annotations_among, is_called
+from pipeline.sources.base import Sample, Shard
+from pipeline.sources.fetch import Fetcher
+from pipeline.sources.grouping import PutAside, hash_of
+from pipeline.sources.jsonrows import Entry, Layout, NoRow, open_rows
+from pipeline.sources.manifestrows import IMAGE_NAMES, Line, ManifestRows, Row, image_column
+from pipeline.sources.uris import shown
+from pipeline.storage import StoredFile, list_files
+from schemas.errors import (
+    ManifestMalformed,
+    RowError,
+    ShardUnreadable,
+    SpecError,
+    StoreUnavailable,
+)
+from schemas.job import SourceSpec
+
+SUFFIXES = tuple(f".{kind}{more}" for kind in ("jsonl", "ndjson", "json") for more in ("", ".gz"))
+PIECE_BYTES = 64 * 2**20
+MOST_PIECES = 16
+"""More would spend their time on reading the same file."""
+LINES_AT_ONCE = 128
+"""Rows of one image that are in memory together."""
+
+
+class _Lines(NamedTuple):
+    """Rows of one image; `is_first`: there were none of it before."""
+
+    lines: Sequence[Line]
+    is_first: bool
+
+
+class Manifest:
+    """Files of JSON."""
+
+    def __init__(self, spec: SourceSpec, *, fetcher: Fetcher | None = None) -> None:
+        self._spec = spec
+        self._fetcher = fetcher or Fetcher(spec)
+
+    def keep_types(self) -> Mapping[str, pa.DataType]:
+        return {name: pa.string() for name in self._spec.keep}
+
+    def list(self) -> Sequence[Shard]:
+        """Every file, in as many pieces as its size calls for."""
+        files = self._files()
+        return [
+            Shard(file.uri, self._identity(file, files), piece=(number, pieces))
+            for file in files
+            for pieces in [min(max(1, -(-file.size // PIECE_BYTES)), MOST_PIECES)]
+            for number in range(pieces)
+        ]
+
+    def _files(self) -> Sequence[StoredFile]:
+        return list_files(self._spec.paths, self._spec.storage, suffixes=SUFFIXES)
+
+    def _identity(self, file: StoredFile, files: Sequence[StoredFile]) -> str:
+        """Kept annotations are a part of what is answered."""
+        is_annotated = self._spec.keep and is_called(file, "questions")
+        beside = annotations_among(files) if is_annotated else ()
+        return "+".join([file.identity, *(each.identity for each in beside)])
+
+    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
+        """As `Source.read`, but image by image."""
+        with ExitStack() as stack:
+            aside = stack.enter_context(PutAside())
+            scan = _Scan(self._spec, shard, aside, skip=skip)
+            scan.run()
+            annotations = Annotations(stack.enter_context(PutAside()), self._spec.keep)
+            if len(aside) and scan.layout == "questions" and self._spec.keep:
+                for file in annotations_among(self._known_files()):
+                    annotations.read(file.uri, self._spec.storage)
+            elif scan.layout == "annotations" and scan.error is None:
+                self._expect_questions(scan)
+            rows = scan.rows()
+            lines = itertools.starmap(Line, aside.grouped())
+            asked = self._asked(lines, rows, beside=shard.uri)
+            fetched = stack.enter_context(closing(self._fetcher.fetch_for(asked)))
+            image: bytes | RowError | None = None
+            for some, found in fetched:
+                image = found if some.is_first else image
+                for line in some.lines:
+                    yield rows.sample(line, image, beside=annotations.of(line.row))
+            if scan.error is not None and scan.is_wanted(scan.rows_total - 1):
+                yield Sample(scan.rows_total - 1, "", error=scan.error)
+        return scan.rows_total
+
+    def _expect_questions(self, scan: "_Scan") -> None:
+        """Annotations alone are an error."""
+        if not any(is_called(file, "questions") for file in self._known_files()):
+            scan.end(
+                ManifestMalformed(
+                    f"{scan.name}: it holds VQA's annotations, and no file of its questions "
+                    "(*questions*.json) is in source.path; give both"
+                )
+            )
+
+    def _known_files(self) -> Sequence[StoredFile]:
+        try:
+            return self._files()
+        except SpecError as error:
+            raise StoreUnavailable(
+                f"what lies beside a manifest cannot be listed: {error}"
+            ) from error
+
+    def _asked(
+        self, lines: Iterable[Line], rows: ManifestRows, *, beside: str
+    ) -> Iterator[tuple[_Lines, str | None]]:
+        """Rows to be given together, with the URI of their image where that is to be fetched."""
+        for name, group in itertools.groupby(lines, key=rows.image_of):
+            uri = None if name is None else self._fetcher.resolve(name, beside=beside)
+            is_first = True
+            while some := [*itertools.islice(group, LINES_AT_ONCE)]:
+                yield _Lines(some, is_first), uri if is_first else None
+                is_first = False
+
+
+class _Scan:
+    """One reading of a file, which puts the rows aside that are wanted of it.
+
+    `rows_total`: of the whole file, the first lost one included, whose `error` says why.
+    """
+
+    def __init__(self, spec: SourceSpec, shard: Shard, aside: PutAside, *, skip: Ranges) -> None:
+        self._spec, self._shard, self._aside, self._skip = spec, shard, aside, skip
+        self._image: str | None = spec.columns.image
+        self._header: Mapping[str, Any] = {}
+        self.name = shown(shard.uri)
+        self.layout: Layout = "lines"
+        self.rows_total = 0
+        self.error: RowError | None = None
+
+    def run(self) -> None:
+        """Raises StoreUnavailable, and JobError where there is no room to put rows aside."""
+        try:
+            with open_rows(self._shard.uri, self._spec.storage) as file:
+                self.layout, self._header = file.layout, file.header
+                for entry in file.entries():
+                    if self.layout != "annotations":
+                        self._take(entry, place=f"{file.unit} {entry.number}")
+        except ShardUnreadable as error:
+            lost = f"row {self.rows_total} and what follows it are lost"
+            self.end(ShardUnreadable(f"{error}; {lost}; write the file again and rerun the job"))
+
+    def end(self, error: RowError) -> None:
+        """One more row, the last one, which cannot be read."""
+        self.error = error
+        self.rows_total += 1
+
+    def rows(self) -> ManifestRows:
+        """How to understand what was put aside."""
+        is_named_by_number = self._image is None and self.layout == "questions"
+        image = None if is_named_by_number else self._image or IMAGE_NAMES[0]
+        return ManifestRows(self._shard.uri, spec=self._spec, image=image, header=self._header)
+
+    def is_wanted(self, index: int, key: str | None = None) -> bool:
+        """Whether a row is still to be given, by this piece; `key`: which image it is on."""
+        if index in self._skip:
+            return False
+        number, pieces = self._shard.piece
+        return pieces == 1 or hash_of(_lone(index) if key is None else key) % pieces == number
+
+    def _take(self, entry: Entry, *, place: str) -> None:
+        index = self.rows_total
+        self.rows_total += 1
+        # Which column holds the image is told by the first rows, given or not.
+        if index in self._skip and self._image is not None:
+            return
+        row: Row | str
+        key = None
+        try:
+            row = entry.row()
+            self._image = self._image or image_column(row)
+            key = self._key(row)
+        except NoRow as reason:
+            row = str(reason)
+        if self.is_wanted(index, key):
+            self._aside.add(_lone(index) if key is None else key, (index, place, row))
+
+    def _key(self, row: Row) -> str | None:
+        """What rows of one image have in common."""
+        value = row.get(self._image or "image_id")
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        return str(value) if isinstance(value, str | int) and value != "" else None
+
+
+def _lone(index: int) -> str:
+    """The key of a row that has no image."""
+    return f"\0{index}"

@@ -1,0 +1,222 @@
+"""Rows of a manifest to samples: where the image is, what is asked, what cannot be understood.
+
+Reads nothing and fetches nothing. What is understood without any setting, by the shape of a row:
+
+    image           the first of IMAGE_NAMES that a row of the file has; of VQA's questions without
+                    any of them, the file that VQA means by image_id: COCO_val2014_000000262148.jpg
+    questions       the column `questions`, a list of {id, question} or texts, or one text
+    question_id     with `question` or `text`: the row's one question, under this id (VQA, LLaVA's
+                    question files); `question` alone is the question `q0`
+    conversations   a list of {from, value}: what the human says are the row's questions, each asked
+                    by itself, `q0`, `q1`, ...; as `columns.conversation`, it is the talk that each
+                    question continues, and where the human has the last word, that is the question
+
+From texts of LLaVA's, image marks are taken out. A row's own name, `__key__`, is its `id`, else its
+image as written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from pipeline.sources.base import KEY, Question, Sample, Turn
+from pipeline.sources.jsonvalues import json_text, label
+from pipeline.sources.questions import parse_conversation, parse_questions
+from pipeline.sources.uris import shown
+from schemas.errors import (
+    ConversationMalformed,
+    ImageMissing,
+    ManifestMalformed,
+    QuestionsMalformed,
+    RowError,
+)
+from schemas.job import ColumnsSpec, SourceSpec
+
+IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "url", "uri", "img")
+"""What columns of images are called."""
+IMAGE_MARK = "<image>"
+TALK = "conversations"
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+MOST_LISTED = 20
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row with its place: its index, and where it is in the file, in words.
+
+    Where it cannot be understood at all, `row` is the reason.
+    """
+
+    index: int
+    place: str
+    row: Row | str
+
+
+class ManifestRows:
+    """The rows of one file. `image`: the column with the images; None where VQA names them.
+
+    `header`: what VQA's file says of all its rows.
+    """
+
+    def __init__(
+        self, uri: str, *, spec: SourceSpec, image: str | None, header: Mapping[str, Any]
+    ) -> None:
+        self._name = shown(uri)
+        self._keep, self._columns = spec.keep, spec.columns
+        self._image, self._header = image, header
+
+    def image_of(self, line: Line) -> str | None:
+        """The image as the row names it; None where the row has none."""
+        try:
+            return self._named(line.row) if isinstance(line.row, Mapping) else None
+        except _NoImage:
+            return None
+
+    def sample(
+        self, line: Line, image: bytes | RowError | None, *, beside: Row | None = None
+    ) -> Sample:
+        """`image`: as it was fetched. `beside`: what else is known of the row, to be kept."""
+        subject = f"{self._name}: {line.place}"
+        row = line.row
+        if not isinstance(row, Mapping):
+            error = ManifestMalformed(f"{subject}: {row}; write one JSON object for each row")
+            return Sample(line.index, "", error=error)
+        try:
+            name = shown(self._named(row))
+        except _NoImage as reason:
+            name, image = "", ImageMissing(f"{subject}: {reason}")
+        key = label(row.get("id"), default=name)
+        columns = {KEY: key, **(beside or {}), **row}
+        return Sample(
+            index=line.index,
+            sample_id=label(columns.get(self._columns.id), default=key),
+            image=image if isinstance(image, bytes) else None,
+            image_error=image if isinstance(image, RowError) else None,
+            questions=self._questions(row, subject=subject),
+            conversation=self._conversation(row, subject=subject),
+            keep={name: json_text(columns.get(name)) for name in self._keep},
+        )
+
+    def _named(self, row: Row) -> str:
+        """Raises _NoImage."""
+        if self._image is None:
+            return _vqa_name(row, self._header)
+        value = row.get(self._image)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, str) and value:
+            return value
+        there = ", ".join(list(row)[:MOST_LISTED]) or "nothing"
+        told = "lists several images" if isinstance(value, list) and value else "names no image"
+        raise _NoImage(
+            f"column {self._image!r} {told} (the row has {there}); name the column that holds the "
+            "path or URI of one image in source.columns.image"
+        )
+
+    def _questions(
+        self, row: Row, *, subject: str
+    ) -> Sequence[Question] | QuestionsMalformed | None:
+        name = self._columns.questions
+        value = row.get(name)
+        if value is None and name == ColumnsSpec().questions:
+            name, value = _recognised(row, talk=self._columns.conversation)
+        if isinstance(value, str):
+            value = [value]
+        elif _is_talk(value):
+            value = _said_by_the_human(value)
+        return parse_questions(value, subject=f"{subject}: column {name!r}")
+
+    def _conversation(
+        self, row: Row, *, subject: str
+    ) -> Sequence[Turn] | ConversationMalformed | None:
+        name = self._columns.conversation
+        value = None if name is None else row.get(name)
+        if _is_talk(value):
+            value = _as_turns(value)
+            if _has_open_question(value):
+                value = value[:-1]
+        return parse_conversation(value, subject=f"{subject}: column {name!r}")
+
+
+class _NoImage(Exception):
+    """Why a row has no image."""
+
+
+def image_column(row: Row) -> str | None:
+    """The column that holds the image, if this row tells it."""
+    return next((name for name in IMAGE_NAMES if row.get(name)), None)
+
+
+def _vqa_name(row: Row, header: Mapping[str, Any]) -> str:
+    """The file of an image of VQA, real (COCO's) or of an abstract scene. Raises _NoImage."""
+    number, part = row.get("image_id"), header.get("data_subtype")
+    kind = header.get("data_type") or "mscoco"
+    if isinstance(number, str) and number.isdecimal():
+        number = int(number)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise _NoImage(f"image_id is {number!r:.40}, no number; name source.columns.image")
+    if not isinstance(part, str) or not isinstance(kind, str):
+        raise _NoImage(
+            "the file does not say which images it means (data_subtype); name the column that "
+            "holds the path of the image in source.columns.image"
+        )
+    if kind == "mscoco":
+        # The images of this part are the same as the whole test's.
+        part = part.replace("test-dev", "test")
+        return f"COCO_{part}_{number:012}.jpg"
+    return f"{kind}_{part}_{number:012}.png"
+
+
+def _recognised(row: Row, *, talk: str | None) -> tuple[str, object]:
+    """The questions of a row that calls them otherwise, and what it calls them."""
+    name = "question" if "question" in row else "text"
+    if "question_id" in row:
+        return name, [{"id": row["question_id"], "question": _unmarked(row.get(name))}]
+    if name == "question":
+        return name, row[name]
+    if talk is None:
+        return TALK, row.get(TALK)
+    value = row.get(talk)
+    if _is_talk(value) and _has_open_question(turns := _as_turns(value)):
+        return talk, [{"question": turns[-1]["content"]}]
+    return talk, None
+
+
+def _is_talk(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether this is a conversation as LLaVA writes it."""
+    return isinstance(value, list) and any(isinstance(t, Mapping) and "from" in t for t in value)
+
+
+def _as_turns(talk: Sequence[Any]) -> list[Any]:
+    """In the form that `parse_conversation` takes; what is none stays as it is."""
+    return [
+        {"role": _role(turn["from"]), "content": _unmarked(turn.get("value"))}
+        if isinstance(turn, Mapping) and "from" in turn
+        else turn
+        for turn in talk
+    ]
+
+
+def _said_by_the_human(talk: Sequence[Any]) -> list[Any]:
+    """In the form that `parse_questions` takes; what is no turn stays as it is."""
+    return [
+        {"question": _unmarked(turn.get("value"))} if isinstance(turn, Mapping) else turn
+        for turn in talk
+        if not isinstance(turn, Mapping) or _role(turn.get("from")) == "user"
+    ]
+
+
+def _has_open_question(turns: Sequence[Any]) -> bool:
+    return bool(turns) and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "user"
+
+
+def _role(speaker: object) -> object:
+    return SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+
+
+def _unmarked(text: object) -> object:
+    if not isinstance(text, str) or IMAGE_MARK not in text:
+        return text
+    return text.replace(IMAGE_MARK, "").strip()

@@ -1,0 +1,167 @@
+"""Rows of a table to samples: what each column means, and what cannot be understood of it.
+
+Reads nothing and fetches nothing: batches of plain columns in, samples out, with the path of an
+image that is elsewhere.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from pipeline.sources.base import KEY, Question, Sample, Turn, valid_text
+from pipeline.sources.columns import Unfit, fitted, image_column
+from pipeline.sources.questions import parse_conversation, parse_questions
+from pipeline.sources.uris import shown
+from schemas.errors import ColumnMalformed, ConversationMalformed, ImageMissing, QuestionsMalformed
+from schemas.job import SourceSpec
+
+
+class TableRows:
+    """The rows of one file. `columns`: those to be read; there is one at least, to see the rows."""
+
+    def __init__(
+        self, uri: str, schema: pa.Schema, *, spec: SourceSpec, keep: Mapping[str, pa.DataType]
+    ) -> None:
+        self.uri = uri
+        self._keep = keep
+        self._columns = spec.columns
+        self._image, self._no_image = _image_of(schema, spec.columns.image)
+        names = (self._image, KEY, spec.columns.id, spec.columns.questions)
+        asked = {*names, spec.columns.conversation, *keep}
+        known = [name for name in schema.names if schema.names.count(name) == 1]
+        wanted = [name for name in known if name in asked]
+        self.columns: Sequence[str] = wanted or known[:1]
+
+    def sample(self, batch: pa.RecordBatch, row: int, *, index: int) -> tuple[Sample, str | None]:
+        """The sample of a row, and where its image is if not in the row."""
+        subject = f"{self.uri}: row {index}"
+        cells = {name: batch.column(name)[row] for name in self.columns}
+        image, path = _image_in(cells.get(self._image or ""))
+        name = _label(cells.get(KEY), default=shown(path) if path else str(index))
+        keep, misfit = self._kept(batch, row, name=name, subject=subject)
+        has_image = image is not None or bool(path)
+        error = misfit or (None if has_image else self._missing(subject))
+        sample = Sample(
+            index=index,
+            sample_id=_label(cells.get(self._columns.id), default=name),
+            image=None if error else image,
+            image_error=error,
+            questions=self._questions(cells, subject=subject),
+            conversation=self._conversation(cells, subject=subject),
+            keep=keep,
+        )
+        return sample, path if error is None and image is None else None
+
+    def _missing(self, subject: str) -> ImageMissing:
+        if self._image is None:
+            return ImageMissing(f"{subject}: {self._no_image}")
+        return ImageMissing(f"{subject}: column {self._image!r} holds no image and no path of one")
+
+    def _kept(
+        self, batch: pa.RecordBatch, row: int, *, name: str, subject: str
+    ) -> tuple[dict[str, pa.Scalar | None], ColumnMalformed | None]:
+        """The kept values; where one does not fit, it is null and there is an error."""
+        kept: dict[str, pa.Scalar | None] = {}
+        error = None
+        for column, kind in self._keep.items():
+            if column in self.columns:
+                value = fitted(batch.column(column).slice(row, 1), kind)
+            else:
+                value = pa.scalar(name) if column == KEY else None
+            if isinstance(value, Unfit):
+                error = ColumnMalformed(
+                    f"{subject}: column {column!r} {value}, its type in the first file; write the "
+                    "files with one type, or take the column out of source.keep"
+                )
+            kept[column] = None if isinstance(value, Unfit) else value
+        return kept, error
+
+    def _questions(
+        self, cells: Mapping[str, pa.Scalar], *, subject: str
+    ) -> Sequence[Question] | QuestionsMalformed | None:
+        name = self._columns.questions
+        place = f"{subject}: column {name!r}"
+        try:
+            value = _json_value(cells.get(name))
+        except ValueError as error:
+            return QuestionsMalformed(f"{place}: cannot be read: {error}")
+        return parse_questions([value] if isinstance(value, str) else value, subject=place)
+
+    def _conversation(
+        self, cells: Mapping[str, pa.Scalar], *, subject: str
+    ) -> Sequence[Turn] | ConversationMalformed | None:
+        name = self._columns.conversation or ""
+        place = f"{subject}: column {name!r}"
+        try:
+            value = _json_value(cells.get(name))
+        except ValueError as error:
+            return ConversationMalformed(f"{place}: cannot be read: {error}")
+        return parse_conversation(value, subject=place)
+
+
+def _image_of(schema: pa.Schema, asked: str | None) -> tuple[str | None, str]:
+    """The column with the images, or None and why there is none."""
+    try:
+        return image_column(schema, asked), ""
+    except Unfit as error:
+        return None, str(error)
+
+
+def _image_in(cell: pa.Scalar | None) -> tuple[bytes | None, str | None]:
+    """The bytes of an image and its path, as far as they are there."""
+    if cell is None or not cell.is_valid:
+        return None, None
+    if pt.is_struct(cell.type):
+        names = {field.name for field in cell.type}
+        data, path = (cell[name] if name in names else None for name in ("bytes", "path"))
+    else:
+        data, path = (None, cell) if _is_text(cell) else (cell, None)
+    return (data.as_py() if data is not None else None), _text(path) or None
+
+
+def _label(cell: pa.Scalar | None, *, default: str) -> str:
+    """A value as a name; the default where there is none."""
+    if cell is None or not cell.is_valid:
+        return default
+    if _is_text(cell):
+        return _text(cell)
+    try:
+        return valid_text(json.dumps(cell.as_py(), default=str, ensure_ascii=False))
+    except (ValueError, OverflowError):
+        return default
+
+
+def _json_value(cell: pa.Scalar | None) -> object:
+    """A value as JSON would have held it.
+
+    Text that starts like JSON is read as JSON, else it is text. A struct of lists, as `datasets`
+    stores a list of structs, becomes a list. Raises ValueError.
+    """
+    if cell is None or not cell.is_valid:
+        return None
+    if _is_text(cell):
+        text = _text(cell)
+        if not text.lstrip().startswith(("[", "{")):
+            return text
+        try:
+            return json.loads(text, parse_constant=lambda _: None)
+        except RecursionError as error:
+            raise ValueError("its JSON is nested too deeply") from error
+    value = cell.as_py()
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    return value
+
+
+def _is_text(cell: pa.Scalar) -> bool:
+    return bool(pt.is_string(cell.type) or pt.is_large_string(cell.type))
+
+
+def _text(cell: pa.Scalar | None) -> str:
+    """Text with U+FFFD for what is no UTF-8, which Parquet does not rule out."""
+    if cell is None or not cell.is_valid or not _is_text(cell):
+        return ""
+    data: bytes = cell.as_buffer().to_pybytes()
+    return data.decode("utf-8", "replace")

@@ -1,0 +1,94 @@
+"""A question to a prompt, and a prompt to token ids, as the model's processor makes them.
+
+The half of the processor that reads text. Most jobs ask the same of every image: what was rendered
+and tokenised last is kept. Knows nothing of rows and images.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from PIL import Image
+
+from pipeline.engine.load import load_config
+from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
+from pipeline.sources.base import Turn
+from schemas.errors import PromptTooLong, TemplateFailed
+from schemas.job import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+PROMPTS_KEPT = 256
+
+
+class Tokeniser:
+    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt)` its ids."""
+
+    def __init__(self, model: ModelSpec, processor: "LlavaProcessor") -> None:
+        self._processor: Any = processor
+        self._system_prompt = model.system_prompt
+        self._template = processor.chat_template or LLAVA_1_5_TEMPLATE.replace(
+            IMAGE_TOKEN, processor.image_token
+        )
+        self._tokens_per_image = _tokens_per_image(processor)
+        text = load_config(model).get_text_config()
+        self._context: int | None = getattr(text, "max_position_embeddings", None)
+        self.render = functools.lru_cache(PROMPTS_KEPT)(self._render)
+        self.ids = functools.lru_cache(PROMPTS_KEPT)(self._ids)
+
+    def check(self, ids: list[int], *, max_new_tokens: int) -> None:
+        """Raise PromptTooLong where the model's context has no room for the answer."""
+        if self._context is not None and len(ids) + max_new_tokens > self._context:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens ({self._tokens_per_image} of them the image) "
+                f"and the answer up to {max_new_tokens}: together more than the model's context "
+                f"of {self._context}; shorten the question or max_new_tokens"
+            )
+
+    def _render(self, question: str, earlier: tuple[Turn, ...]) -> str:
+        """The prompt as text. Raises PromptError."""
+        token = self._processor.image_token
+        messages = messages_for(
+            question,
+            system=self._system_prompt,
+            conversation=earlier,
+            image_token=token,
+        )
+        try:
+            prompt: str = self._processor.apply_chat_template(
+                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise TemplateFailed(
+                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
+            ) from error
+        if (count := prompt.count(token)) != 1:
+            raise TemplateFailed(
+                f"the chat template wrote {token} {count} times for one image: give the "
+                "checkpoint a template that places {'type': 'image'} parts"
+            )
+        return prompt
+
+    def _ids(self, prompt: str) -> list[int]:
+        """The whole prompt's ids as the processor gives them, image tokens expanded.
+
+        A template that writes the start token itself gets no second one.
+        """
+        processor, tokenizer = self._processor, self._processor.tokenizer
+        expanded = prompt.replace(
+            processor.image_token, processor.image_token * self._tokens_per_image
+        )
+        bos = tokenizer.bos_token
+        has_bos = bos is not None and prompt.startswith(bos)
+        ids: list[int] = tokenizer(expanded, add_special_tokens=not has_bos, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+
+def _tokens_per_image(processor: Any) -> int:
+    """How many image tokens the processor writes for one image, whatever its size."""
+    blank = Image.new("RGB", (64, 64))
+    ids: list[int] = processor(text=processor.image_token, images=blank)["input_ids"][0]
+    return ids.count(processor.image_token_id)
