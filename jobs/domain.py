@@ -5,15 +5,25 @@ Looks at the first image of a few shards, through the same reading and decoding 
 
 from collections.abc import Sequence
 
+from PIL import Image
+
 from pipeline.coverage import Ranges
-from pipeline.decode import decode
-from pipeline.embedded.domain import is_coloured_shape
+from pipeline.decoder import Decoder, settings_of
+from pipeline.embedded.domain import SIDE_PX, is_coloured_shape
+from pipeline.engine.pixels import Resize
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from schemas.errors import DecodeError
 from schemas.job import EMBEDDED, JobSpec
 
 SHARDS_LOOKED_AT = 8
+SMALL = Resize(
+    margin=None,
+    edge=None,
+    fixed=(SIDE_PX, SIDE_PX),
+    resample=Image.Resampling.BOX,
+    crop=None,
+)
 
 WARNING = """\
 WARNING: the embedded model knows one coloured shape on a light background, and nothing else.
@@ -28,16 +38,17 @@ def warning_of(job: JobSpec, work: Sequence[ShardWork]) -> str | None:
         return None
     source = open_source(job.source)
     step = max(1, len(work) // SHARDS_LOOKED_AT)
-    for item in work[::step][:SHARDS_LOOKED_AT]:
-        samples = source.read(item.shard, skip=Ranges())
-        sample = next(samples, None)
-        samples.close()
-        if sample is None or sample.image is None:
-            continue
-        try:
-            image = decode(sample.image, max_pixels=job.source.max_image_pixels)
-        except DecodeError:
-            continue
-        if not is_coloured_shape(image):
-            return WARNING.format(uri=item.shard.uri, index=sample.index)
+    with Decoder(settings_of(job, SMALL)) as decoder:
+        for item in work[::step][:SHARDS_LOOKED_AT]:
+            samples = source.read(item.shard, skip=Ranges())
+            sample = next(samples, None)
+            samples.close()
+            if sample is None or sample.image is None:
+                continue
+            try:
+                image = decoder.submit(sample.image).result()
+            except DecodeError:
+                continue
+            if not is_coloured_shape(Image.fromarray(image.array)):
+                return WARNING.format(uri=item.shard.uri, index=sample.index)
     return None

@@ -110,6 +110,9 @@ class Encode:
         if sample["error"]:
             return [_fail(_entry(), sample["error"])]
         entries = [entry for unit in sample["units"] for entry in self._asked_of(unit, sample)]
+        if sample["skip"]:
+            for entry in _waiting(entries):
+                entry.update(status="skipped", error=sample["skip"])
         if error := sample["image_error"] or sample["conversation_error"]:
             for entry in _waiting(entries):
                 _fail(entry, error)

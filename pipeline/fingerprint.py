@@ -37,6 +37,7 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
         "image": digest({"column": columns.image}),
         "pixels": _pixels(job.source),
         "conversation": digest({"column": columns.conversation}),
+        "where": job.source.where or "every row",
         "schema_version": str(SCHEMA_VERSION),
     }
 

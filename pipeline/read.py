@@ -12,12 +12,15 @@ import pyarrow as pa
 from pipeline.coverage import ShardCoverage
 from pipeline.sources import open_source
 from pipeline.sources.base import Sample, Shard, Source
-from schemas.errors import RowError, StoreUnavailable
+from pipeline.where import Where, parse_where
+from schemas.errors import FilterFailed, RowError, StoreUnavailable
 from schemas.job import JobSpec
 from schemas.tables import KEEP, SAMPLE, error_of, table_of, with_keep
 
 MAX_TABLE_BYTES = 16 * 2**20
 MAX_TABLE_ROWS = 1024
+FIELDS = "fields"
+"""What `source.where` looks at; stays here."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,33 @@ def read_shards(
     Rows that have all their answers are left out; each shard's end is marked.
     """
     schema = with_keep(SAMPLE, keep)
+    where = parse_where(job.source.where) if job.source.where else None
     rows: list[dict[str, Any]] = []
     n_bytes = 0
     for row in _rows(job, work, source=open_source(job.source, keep=keep)):
         rows.append(row)
         n_bytes += len(row.get("image") or b"")
         if n_bytes >= MAX_TABLE_BYTES or len(rows) >= MAX_TABLE_ROWS:
-            yield table_of(rows, schema)
+            yield table_of(_filtered(rows, where), schema)
             rows, n_bytes = [], 0
     if rows:
-        yield table_of(rows, schema)
+        yield table_of(_filtered(rows, where), schema)
+
+
+def _filtered(rows: list[dict[str, Any]], where: Where | None) -> list[dict[str, Any]]:
+    """The rows, without FIELDS; where the condition does not hold, without their image."""
+    fields = [row.pop(FIELDS, {}) for row in rows]
+    held_by = where.holds(fields) if where else [True] * len(rows)
+    for row, held in zip(rows, held_by, strict=True):
+        if where is None or held is True or "source_index" not in row or row["error"]:
+            continue
+        row["image"] = None
+        if isinstance(held, FilterFailed):
+            row["image_error"] = error_of(held)
+        else:
+            message = f"source.where does not hold: {where.text}"
+            row["skip"] = {"stage": "read", "class": "Filtered", "message": message}
+    return rows
 
 
 def _rows(job: JobSpec, work: Sequence[ShardWork], *, source: Source) -> Iterator[dict[str, Any]]:
@@ -81,6 +101,7 @@ def _columns(sample: Sample) -> dict[str, Any]:
         "image": sample.image,
         "image_error": error_of(sample.image_error),
         "error": error_of(sample.error),
+        FIELDS: sample.fields,
         **{KEEP + name: value for name, value in sample.keep.items()},
     }
     if isinstance(questions, RowError):

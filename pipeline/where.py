@@ -99,6 +99,11 @@ def _at(path: Path, row: Mapping[str, object]) -> object:
     return value
 
 
+def columns_of(text: str | None) -> set[str]:
+    """The columns that a spec's condition looks at. Raises SpecError as `parse_where` does."""
+    return parse_where(text).columns if text else set()
+
+
 @functools.cache
 def parse_where(text: str) -> Where:
     """The condition of a spec. Raises SpecError for what is no such condition."""

@@ -93,6 +93,11 @@ class SourceSpec(Spec):
         description="parquet, manifest: seconds that one try at fetching an image may take; an "
         "image is tried three times, in a store of this spec five times.",
     )
+    where: str | None = Field(
+        None,
+        description="Condition over a row's columns, as `width >= 512 and license in ['cc0']`; "
+        "rows for which it does not hold are `skipped`.",
+    )
     max_image_pixels: int = Field(
         178_956_970,
         gt=0,

@@ -47,13 +47,14 @@ SAMPLE = pa.schema(
             "conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
         ),
         pa.field("conversation_error", ERROR),
+        pa.field("skip", ERROR),
         pa.field("error", ERROR),
     ]
 )
 """`units`: the units of coverage still to be answered for this row. `questions`: the row's own,
 null where the source has none; `questions_error` says why they cannot be known,
-`conversation_error` why no question of the row can be rendered, `image_error` why it has no image.
-`error`: the whole row cannot be read."""
+`conversation_error` why no question of the row can be rendered, `image_error` why it has no image,
+`skip` why none of its questions is to be answered. `error`: the whole row cannot be read."""
 
 PROMPT = pa.struct(
     [

@@ -94,8 +94,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     output = {"path": str(tmp_path / "out"), "commit_interval_s": 0}
     spec = write_spec(tmp_path, output=output)
     with LiveRun(spec) as running:
-        staging = tmp_path / "out/staging"
-        wait_until(lambda: staging.is_dir() and any(staging.iterdir()), timeout_s=120)
+        staged = (tmp_path / "out/staging").glob
+        ended = running.process.poll
+        wait_until(lambda: ended() is not None or any(staged("*")), timeout_s=120)
+        assert ended() is None, running.said
         running.kill()
     done = lavaflow("run", str(spec), "--json")
     assert done.returncode == 0, done.stderr

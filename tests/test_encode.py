@@ -334,3 +334,21 @@ def test_a_template_that_fails_is_a_failed_row(tmp_path, template, message):
     )
     assert outcomes(row) == [("caption", "failed", "TemplateFailed")]
     assert message in row["prompts"][0]["error"]["message"]
+
+
+def test_a_row_that_is_filtered_out_is_skipped_and_its_image_never_decoded(encoder):
+    skip = {"stage": "read", "class": "Filtered", "message": "source.where does not hold: a > 1"}
+    [row] = encode(encoder, sample(image=None, skip=skip))
+    assert outcomes(row) == [
+        ("caption", "skipped", "Filtered"),
+        ("colour", "skipped", "Filtered"),
+        ("q0", "skipped", "Filtered"),
+    ]
+    assert row["pixels"] is None
+
+
+def test_a_filtered_row_whose_questions_cannot_be_known_says_so(encoder):
+    skip = {"stage": "read", "class": "Filtered", "message": "no"}
+    error = {"stage": "read", "class": "QuestionsMalformed", "message": "bad"}
+    [row] = encode(encoder, sample(questions=None, questions_error=error, skip=skip))
+    assert outcomes(row)[-1] == (None, "failed", "QuestionsMalformed")

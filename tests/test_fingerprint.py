@@ -66,6 +66,7 @@ def test_what_does_not_decide_an_answer_is_not_in_it(folder, parts):
         ({"source": {"format": "images", "path": "x", "max_image_pixels": 99}}, "pixels"),
         ({"source": {"format": "images", "path": "x", "max_image_bytes": 99}}, "pixels"),
         ({"source": {"format": "images", "path": "x", "decode": "fast"}}, "pixels"),
+        ({"source": {"format": "images", "path": "x", "where": "width > 5"}}, "where"),
         ({"source": {"format": "images", "path": "x", "allow_truncated": True}}, "pixels"),
         (
             {"source": {"format": "images", "path": "x", "columns": {"conversation": "c"}}},

@@ -14,6 +14,7 @@ from tests.s3 import S3Server, serve
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.timeout(600)
 def test_killed_at_random_moments_a_job_ends_whole_and_repeats_little(tmp_path: Path) -> None:
     figures = soak.sigkills(tmp_path, kills=3, images=100, row_s=0.07)
     assert figures["faults"] == []

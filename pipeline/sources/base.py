@@ -63,7 +63,8 @@ class Sample:
     `questions` is null where the source has none for this row, and a RowError where they cannot be
     known. `image_error` is set where the row is known and its image cannot be had: each of its
     questions fails with it. `error` is set where the row itself cannot be read: it has one failed
-    answer, whatever is asked. With either, there is no image.
+    answer, whatever is asked. With either, there is no image. `fields`: the values of the columns
+    that `source.where` looks at.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Sample:
     questions: Sequence[Question] | RowError | None = None
     conversation: Sequence[Turn] | RowError | None = None
     keep: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] = field(default_factory=dict)
     error: RowError | None = None
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.coverage import Ranges
 from pipeline.sources.base import IMAGE_SUFFIXES, KEY, Sample, Shard
 from pipeline.storage import filesystem, list_files, store_errors, uri_of
+from pipeline.where import columns_of
 from schemas.errors import ShardUnreadable, SpecError, StoreUnavailable
 from schemas.job import ColumnsSpec, SourceSpec
 
@@ -24,6 +25,7 @@ class Images:
     def __init__(self, spec: SourceSpec) -> None:
         _refuse_columns(spec)
         self.spec = spec
+        self._fields = columns_of(spec.where)
         self.roots = {_root(path, spec) for path in spec.paths}
 
     def keep_types(self) -> Mapping[str, pa.DataType]:
@@ -53,7 +55,8 @@ class Images:
         except store_errors() as error:
             raise StoreUnavailable(f"{shard.uri}: the store failed: {error}") from error
         keep = {column: json.dumps(name, ensure_ascii=False) for column in self.spec.keep}
-        return Sample(0, name, image=image, keep=keep)
+        fields = {KEY: name} if KEY in self._fields else {}
+        return Sample(0, name, image=image, keep=keep, fields=fields)
 
     def _name(self, uri: str) -> str:
         """The path below the nearest listed folder, else the base name."""

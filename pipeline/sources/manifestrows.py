@@ -23,6 +23,7 @@ from pipeline.sources.base import KEY, Question, Sample, Turn
 from pipeline.sources.jsonvalues import json_text, label
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
+from pipeline.where import columns_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
@@ -65,6 +66,7 @@ class ManifestRows:
     ) -> None:
         self._name = shown(uri)
         self._keep, self._columns = spec.keep, spec.columns
+        self._fields = columns_of(spec.where)
         self._image, self._header = image, header
 
     def image_of(self, line: Line) -> str | None:
@@ -97,6 +99,7 @@ class ManifestRows:
             questions=self._questions(row, subject=subject),
             conversation=self._conversation(row, subject=subject),
             keep={name: json_text(columns.get(name)) for name in self._keep},
+            fields={name: columns.get(name) for name in self._fields},
         )
 
     def _named(self, row: Row) -> str:

@@ -14,6 +14,7 @@ from pipeline.sources.base import KEY, Question, Sample, Turn, valid_text
 from pipeline.sources.columns import Unfit, fitted, image_column
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
+from pipeline.where import columns_of
 from schemas.errors import ColumnMalformed, ConversationMalformed, ImageMissing, QuestionsMalformed
 from schemas.job import SourceSpec
 
@@ -29,7 +30,8 @@ class TableRows:
         self._columns = spec.columns
         self._image, self._no_image = _image_of(schema, spec.columns.image)
         names = (self._image, KEY, spec.columns.id, spec.columns.questions)
-        asked = {*names, spec.columns.conversation, *keep}
+        self._fields = columns_of(spec.where)
+        asked = {*names, spec.columns.conversation, *keep, *self._fields}
         known = [name for name in schema.names if schema.names.count(name) == 1]
         wanted = [name for name in known if name in asked]
         self.columns: Sequence[str] = wanted or known[:1]
@@ -51,6 +53,7 @@ class TableRows:
             questions=self._questions(cells, subject=subject),
             conversation=self._conversation(cells, subject=subject),
             keep=keep,
+            fields={KEY: name} | {n: _plain(cells[n]) for n in self._fields & cells.keys()},
         )
         return sample, path if error is None and image is None else None
 
@@ -119,6 +122,14 @@ def _image_in(cell: pa.Scalar | None) -> tuple[bytes | None, str | None]:
     else:
         data, path = (None, cell) if _is_text(cell) else (cell, None)
     return (data.as_py() if data is not None else None), _text(path) or None
+
+
+def _plain(cell: pa.Scalar) -> object:
+    """A value as Python's; null where Python has none for it."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _label(cell: pa.Scalar | None, *, default: str) -> str:

@@ -29,6 +29,7 @@ from pipeline.sources.base import (
 )
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.storage import list_files
+from pipeline.where import columns_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
@@ -66,7 +67,8 @@ class WebDataset:
         self.spec = spec
         columns = spec.columns
         self.image_suffix = columns.image.lower().lstrip(".") if columns.image else None
-        asked = {columns.id, columns.questions, columns.conversation, *spec.keep}
+        self._fields = columns_of(spec.where)
+        asked = {columns.id, columns.questions, columns.conversation, *spec.keep, *self._fields}
         self.suffixes = {"json", *(suffix for suffix in TEXT_SUFFIXES if suffix in asked)}
 
     def keep_types(self) -> Mapping[str, pa.DataType]:
@@ -135,6 +137,7 @@ class WebDataset:
             questions=self._questions(columns, subject=subject),
             conversation=self._conversation(columns, subject=subject),
             keep={name: _json_text(columns.values.get(name)) for name in self.spec.keep},
+            fields={name: columns.values.get(name) for name in self._fields},
             error=image if isinstance(image, RowError) else None,
         )
 
