@@ -31,6 +31,7 @@ bench: $(VENV)/dev ## exactness and accuracy of the embedded model; prints JSON
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.easy_vqa
 	$(BIN)/python -m benchmarks.embedded_domain
+	$(BIN)/python -m benchmarks.preprocess
 
 soak: $(VENV)/dev ## runs that are killed at random, for an hour; prints JSON
 	$(BIN)/python -m tests.soak

@@ -85,6 +85,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
+        # A large file is listed in pieces.
+        self._shards = len({shard.uri for shard in self.plan.shards})
 
     def hold(self) -> contextlib.AbstractContextManager[Lease]:
         timeout_s = self.plan.job.output.lease_timeout_s
@@ -117,7 +119,8 @@ class _Run:
             self.console.print(
                 warning, style="bold yellow", soft_wrap=True, highlight=False, markup=False
             )
-        self._say(f"{len(work):,} of {len(self.plan.shards):,} shards to answer; starting Ray")
+        left = len({item.shard.uri for item in work})
+        self._say(f"{left:,} of {self._shards:,} shards to answer; starting Ray")
         # Imported here: a run with nothing to do should not wait for ray.
         from pipeline import flow
         from pipeline.session import session
@@ -135,7 +138,7 @@ class _Run:
                 fingerprint=self.plan.fingerprint,
                 resources=self._resources(cluster, is_ours=not address),
             )
-            progress.start(len(self.plan.shards), len(self.plan.shards) - len(work))
+            progress.start(self._shards, self._shards - left)
             for number in range(MOST_PASSES):
                 self._pause(number * PAUSE_S)
                 if self.stop.is_asked:
@@ -216,7 +219,7 @@ class _Run:
             "first_answer_s": self.first_answer_s and round(self.first_answer_s, 3),
             "answers_per_s": round(sum(new.values()) / elapsed_s, 3) if elapsed_s else 0.0,
             "table": f"{self.table.output.uri}/{ANSWERS}",
-            "shards": len(self.plan.shards),
+            "shards": self._shards,
             "counts": dict(tally.counts),
             "new": new,
             "failures": {name: found.to_json() for name, found in tally.failures.items()},

@@ -1,10 +1,8 @@
 """Runs that are counted, slowed down, and whose workers die where they are told to.
 
-    python -m tests.kills run SPEC ...
-
-is `lavaflow run SPEC ...` on a Ray of its own whose every worker calls `prepare_worker` first, as
-the `Orders` in the environment say. The runs' log has a line for each answer that the engine was
-handed, gave and that became durable; each is written at once, so that a kill loses none.
+Every worker of Ray calls `prepare_worker` before anything else, which does what the `Orders` in the
+environment say. The log has a line for each answer that the engine was handed, gave and that became
+durable; each is written at once, so that a kill loses none.
 """
 
 import functools
@@ -22,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 ORDERS = "LAVAFLOW_TEST_ORDERS"
+SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+"""What Ray makes of `runtime_env["worker_process_setup_hook"]`."""
 EVENTS = ("begun", "answered", "durable")
 PLACE = ("source_uri", "source_index", "question_id")
 
@@ -62,7 +62,6 @@ class Orders:
     row_s: float = 0.0
     """Seconds that the engine takes longer for each answer."""
     deaths: tuple[Death, ...] = ()
-    num_cpus: int = 2
 
     def die_if_due(self, stage: str, *, first: Callable[[], None] = lambda: None) -> None:
         _calls[stage] += 1
@@ -70,8 +69,11 @@ class Orders:
             first()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def to_environment(self) -> dict[str, str]:
+        # The workers have no other path when they call the hook.
+        here = str(Path(__file__).parents[1])
+        hook = {SETUP_HOOK: f"{__name__}.prepare_worker", "PYTHONPATH": here}
+        return {**hook, ORDERS: json.dumps(asdict(self))}
 
     @classmethod
     def from_environment(cls) -> "Orders":
@@ -99,22 +101,7 @@ def read_log(path: Path) -> list[Line]:
     return [Line(at, event, pid, tuple(place)) for at, event, pid, place in values]
 
 
-# On the driver and its workers
-
-
-def main() -> None:
-    """The command line, with `ray.init` as the orders want it."""
-    import ray
-
-    orders = Orders.from_environment()
-    ray.init = functools.partial(
-        ray.init,
-        num_cpus=orders.num_cpus,
-        runtime_env={"worker_process_setup_hook": "tests.kills.prepare_worker"},
-    )
-    from jobs.cli import main as lavaflow
-
-    lavaflow()
+# On the workers
 
 
 def prepare_worker() -> None:
@@ -196,7 +183,3 @@ def _log(orders: Orders, event: str, places: Sequence[Identity]) -> None:
         os.write(log, "".join(lines).encode())
     finally:
         os.close(log)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from schemas.job import JobSpec
-from tests.kills import ORDERS, Orders
+from tests.kills import Orders
 
 REPOSITORY = Path(__file__).parents[1]
 WORKERS = ("ray::MapWorker", "ray::_map_task", "ray::_write", "ray::_Keeper", "ray::IDLE")
@@ -26,16 +26,14 @@ class LiveRun:
         # Ray's sockets lie below this folder, and the path of a socket has to be short.
         self._folder = tempfile.mkdtemp(prefix="lf-k-", dir="/tmp")
         environment = {**os.environ, "RAY_TMPDIR": self._folder}
-        command = [str(Path(sys.executable).with_name("lavaflow"))]
         if orders:
-            # Workers call `prepare_worker` before they have the driver's path.
-            environment |= {ORDERS: orders.to_json(), "PYTHONPATH": str(REPOSITORY)}
-            command = [sys.executable, "-m", "tests.kills"]
+            environment |= orders.to_environment()
+        command = Path(sys.executable).with_name("lavaflow")
         self._said = Path(self._folder, "said")
         self.started_at = time.time()
         with self._said.open("w") as said:
             self.process = subprocess.Popen(
-                [*command, "run", str(spec)],
+                [str(command), "run", str(spec)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=said,

@@ -64,7 +64,7 @@ def scene(folder: Path, *, shards: int, images: int, **output: Any) -> Scene:
     """A job over `shards` of `images` each, which are asked two questions."""
     write_shapes(folder / "in", shards=shards, images=images)
     out = {"path": str(folder / "out"), "commit_interval_s": COMMIT_INTERVAL_S, **output}
-    resources = {"generate": {"batch_size": BATCH_SIZE}}
+    resources = {"generate": {"actors": 1, "batch_size": BATCH_SIZE}}
     job = job_of(folder / "in", folder / "out", output=out, resources=resources)
     return Scene(folder, job, answers=shards * images * QUESTIONS)
 

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -301,6 +302,25 @@ def resumes(folder: Path, *, shards: int, repeats: int = 3) -> Figures:
     }
 
 
+# The commit, at each of its steps
+
+
+def steps(folder: Path, *, server: S3Server | None = None) -> Figures:
+    """End and overtake runs at every step of the commit; see `commit_steps.py`."""
+    figures: Figures = {"faults": []}
+    for act in ("kill", "sleep"):
+        path = server.url(f"steps-{act}") if server else str(folder / act)
+        command = [sys.executable, "-m", "tests.commit_steps", path, "--act", act]
+        command += ["--log", str(folder / "log")]
+        command += ["--endpoint", server.endpoint_url] if server else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            figures["faults"].append(done.stderr[-2000:])
+        else:
+            figures[act] = json.loads(done.stdout)
+    return figures
+
+
 SCENARIOS: dict[str, Callable[[Path, int], Figures]] = {
     "uninterrupted": lambda folder, seed: uninterrupted(folder, images=350, row_s=0.1),
     "sigkills": lambda folder, seed: sigkills(folder, kills=50, images=350, row_s=0.1, seed=seed),
@@ -314,6 +334,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Figures]] = {
     ),
     "duels": lambda folder, seed: duels(folder, times=20, seed=seed),
     "duels-s3": lambda folder, seed: with_server(duels, folder, times=20, seed=seed),
+    "steps": lambda folder, seed: steps(folder),
+    "steps-s3": lambda folder, seed: with_server(steps, folder),
     "resumes": lambda folder, seed: resumes(folder, shards=10_000),
 }
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.timeout(600)
 def test_killed_at_random_moments_a_job_ends_whole_and_repeats_little(tmp_path: Path) -> None:
-    figures = soak.sigkills(tmp_path, kills=3, images=100, row_s=0.07)
+    figures = soak.sigkills(tmp_path, kills=3, images=60, row_s=0.06)
     assert figures["faults"] == []
     assert figures["polls"] > 10
 
