@@ -120,7 +120,7 @@ def job_of(model: Path | str, decode: str, ask: Sequence[dict[str, str]]) -> Job
 
 def batch_of(images: Sequence[bytes], *, units: Sequence[str]) -> pa.Table:
     rows = [
-        {"source_uri": "x", "source_index": n, "units": list(units), "image": image}
+        {"source_uri": "x", "image": image, "lines": [{"source_index": n, "units": list(units)}]}
         for n, image in enumerate(images)
     ]
     return table_of(rows, SAMPLE)
@@ -220,7 +220,7 @@ def is_equal(encoded: pa.Table, processed: Sequence[dict[str, Any]], table: np.n
     channel = np.arange(3)[:, None, None]
     for row, inputs in zip(encoded.to_pylist(), processed, strict=True):
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"])
-        (prompt,) = row["prompts"]
+        ((prompt,),) = (line["prompts"] for line in row["lines"])
         values = table[channel, np.moveaxis(pixels, -1, 0)]
         expected = np.asarray(inputs["pixel_values"][0])
         if not np.array_equal(values, expected) or prompt["token_ids"] != inputs["input_ids"][0]:

@@ -1,4 +1,4 @@
-"""The CPU step: a sample becomes uint8 pixels and tokenised prompts, or failed ones.
+"""The CPU step: an image becomes uint8 pixels, its lines tokenised prompts, or failed ones.
 
 One row in, one row out. What goes wrong with an image or a question is written into its PROMPT
 entries and travels on; nothing raised here is about a single row. While the images of a batch are
@@ -27,9 +27,9 @@ from schemas.errors import (
     SpecError,
 )
 from schemas.job import AskPrompt, JobSpec
-from schemas.tables import KEEP, PREPARED, SAMPLE, error_of, table_of, with_keep
+from schemas.tables import KEEP, LINE, PREPARED, SAMPLE, SHARD, error_of, table_of, with_keep
 
-_PLACE = [name for name in PREPARED.names if name in SAMPLE.names]
+_SHARD, _LINE = [field.name for field in SHARD], [field.name for field in LINE]
 _BUT_IMAGE = [name for name in SAMPLE.names if name != "image"]
 _NO_QUESTIONS = {
     "stage": "prompt",
@@ -40,6 +40,8 @@ _NO_QUESTIONS = {
 
 Entry = dict[str, Any]
 """One PROMPT struct in the making."""
+Line = dict[str, Any]
+"""A SAMPLE_LINE struct, or a PREPARED_LINE struct in the making."""
 _Begun = tuple[dict[str, Any], "Future[Decoded] | None"]
 """A PREPARED row in the making, and its image where that is being decoded."""
 
@@ -68,11 +70,11 @@ class Encode:
 
     def _begun(self, sample: dict[str, Any], image: pa.Buffer | None) -> _Begun:
         """The row as far as it can be without pixels, which are on their way if it needs any."""
-        row = {name: sample[name] for name in _PLACE}
-        if sample["source_index"] is None:
+        row = {name: sample[name] for name in _SHARD}
+        if sample["lines"] is None:
             return row, None
-        row["prompts"] = self._asked(sample)
-        if not _waiting(row["prompts"]):
+        row["lines"] = [self._asked_line(line) for line in sample["lines"]]
+        if not any(_waiting(line["prompts"]) for line in row["lines"]):
             return row, None
         return row, self._decoder.submit(memoryview(b"" if image is None else image))
 
@@ -80,11 +82,14 @@ class Encode:
         self, begun: _Begun, sample: dict[str, Any], image: pa.Buffer | None
     ) -> dict[str, Any]:
         row, decoding = begun
-        if sample["source_index"] is not None and image is not None:
+        if image is not None:
             row["image_sha256"] = hashlib.sha256(image).hexdigest()
         if decoding is not None:
-            waiting = _waiting(row["prompts"])
-            self._tokenise(waiting, sample)
+            waiting = []
+            for line, prepared in zip(sample["lines"], row["lines"], strict=True):
+                entries = _waiting(prepared["prompts"])
+                self._tokenise(entries, line)
+                waiting += entries
             try:
                 row |= _image_columns(decoding.result(), is_wanted=bool(_waiting(waiting)))
             except DecodeError as error:
@@ -93,9 +98,9 @@ class Encode:
                     _fail(entry, error_of(error))
         return row
 
-    def _tokenise(self, entries: list[Entry], sample: dict[str, Any]) -> None:
+    def _tokenise(self, entries: list[Entry], line: Line) -> None:
         """Fill in the prompts; those that cannot be asked fail."""
-        earlier = tuple(Turn(t["role"], t["content"]) for t in sample["conversation"] or ())
+        earlier = tuple(Turn(t["role"], t["content"]) for t in line["conversation"] or ())
         for entry in entries:
             try:
                 entry["prompt"] = self._tokeniser.render(entry["question"], earlier)
@@ -105,32 +110,36 @@ class Encode:
             except PromptError as error:
                 _fail(entry, error_of(error))
 
-    def _asked(self, sample: dict[str, Any]) -> list[Entry]:
-        """An entry for each question that the row's wanted units call for; never none."""
-        if sample["error"]:
-            return [_fail(_entry(), sample["error"])]
-        entries = [entry for unit in sample["units"] for entry in self._asked_of(unit, sample)]
-        if sample["skip"]:
+    def _asked_line(self, line: Line) -> Line:
+        """The line as far as it can be without pixels."""
+        return {**{name: line[name] for name in _LINE}, "prompts": self._asked(line)}
+
+    def _asked(self, line: Line) -> list[Entry]:
+        """An entry for each question that the line's wanted units call for; never none."""
+        if line["error"]:
+            return [_fail(_entry(), line["error"])]
+        entries = [entry for unit in line["units"] for entry in self._asked_of(unit, line)]
+        if line["skip"]:
             for entry in _waiting(entries):
-                entry.update(status="skipped", error=sample["skip"])
-        if error := sample["image_error"] or sample["conversation_error"]:
+                entry.update(status="skipped", error=line["skip"])
+        if error := line["image_error"] or line["conversation_error"]:
             for entry in _waiting(entries):
                 _fail(entry, error)
         return entries
 
-    def _asked_of(self, unit: str, sample: dict[str, Any]) -> Iterator[Entry]:
+    def _asked_of(self, unit: str, line: Line) -> Iterator[Entry]:
         ask = self._asks[unit]
         longest = self._job.max_new_tokens(ask)
         if isinstance(ask, AskPrompt):
             yield _entry(unit, ask.prompt, longest)
-        elif sample["questions_error"]:
-            yield _fail(_entry(), sample["questions_error"])
-        elif not sample["questions"]:
+        elif line["questions_error"]:
+            yield _fail(_entry(), line["questions_error"])
+        elif not line["questions"]:
             yield {**_entry(), "status": "skipped", "error": _NO_QUESTIONS}
-        elif error := _ids_that_collide(sample["questions"], taken=set(self._asks)):
+        elif error := _ids_that_collide(line["questions"], taken=set(self._asks)):
             yield _fail(_entry(), error_of(error))
         else:
-            for own in sample["questions"]:
+            for own in line["questions"]:
                 yield _entry(own["id"], own["question"], longest)
 
 

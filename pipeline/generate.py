@@ -1,26 +1,32 @@
 """The accelerator step: PREPARED rows in, answer rows out, in their order.
 
-Questions that share a prefix (up to the last image token) go to the engine as one request. Knows
-no ray and nothing of how the engine works; every prompt that comes in leaves as exactly one row.
+Questions that share an image and a prefix (up to the last image token) go to the engine as one
+request, whatever lines or rows they are of. Knows no ray and nothing of how the engine works; every
+prompt that comes in leaves as exactly one row.
 """
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.engine.load import device_of, load_model, load_processor
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Engine, ImagePixels, Outcome, Prefix, Request
 from schemas.errors import RowError
 from schemas.job import JobSpec
-from schemas.tables import KEEP, PREPARED, answered_schema, error_of, table_of
+from schemas.tables import KEEP, LINE, PREPARED, SHARD, answered_schema, error_of, table_of
 
+_SHARD, _LINE = [field.name for field in SHARD], [field.name for field in LINE]
+_IMAGE = ("image_sha256", "image_width", "image_height")
+
+TokenIds = tuple[int, ...]
 Prompt = dict[str, Any]
-"""A PROMPT struct."""
+"""A PROMPT struct; once the model has answered it, with an `outcome`."""
 
 
 class Generate:
@@ -62,77 +68,74 @@ class Generate:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.select(PREPARED.names).to_pylist()
-        outcomes = self._submit(rows)
+        self._ask(rows)
         now = datetime.datetime.now(datetime.UTC)
         answers: list[dict[str, Any]] = []
-        origin: list[int] = []
-        for index, row in enumerate(rows):
-            if row["source_index"] is None:
-                answers.append(_end_mark(row))
-                origin.append(index)
-            for number, prompt in enumerate(row["prompts"] or ()):
-                answer = self._answer(prompt, outcomes.get((index, number)))
-                answers.append({**self._common(row), "answered_at": now, **answer})
-                origin.append(index)
+        origin: list[int | None] = []
+        n_lines = 0
+        for row in rows:
+            if row["lines"] is None:
+                answers.append({name: row[name] for name in _SHARD})
+                origin.append(None)
+            for line in row["lines"] or ():
+                common = {**self._common(row, line), "answered_at": now}
+                answers += [{**common, **self._answer(prompt)} for prompt in line["prompts"]]
+                origin += [n_lines] * len(line["prompts"])
+                n_lines += 1
         table = table_of(answers, answered_schema({}))
         for name in self._keep:
-            kept = batch.column(KEEP + name).take(pa.array(origin, pa.int64()))
+            of_lines = pc.list_flatten(batch.column(KEEP + name))
+            kept = of_lines.take(pa.array(origin, pa.int64()))
             table = table.append_column(KEEP + name, kept)
         return table.cast(answered_schema(self._keep))
 
-    def _submit(self, rows: Sequence[dict[str, Any]]) -> dict[tuple[int, int], Outcome]:
-        """The outcome of every prompt that waits for one, by (row, prompt) number."""
-        requests: list[Request] = []
-        places: list[list[tuple[int, int]]] = []
-        for index, row in enumerate(rows):
-            for request, numbers in self._requests(row):
-                requests.append(request)
-                places.append([(index, number) for number in numbers])
-        answered = self._engine.submit(requests)
-        return {
-            place: outcome
-            for group, outcomes in zip(places, answered, strict=True)
-            for place, outcome in zip(group, outcomes, strict=True)
-        }
-
-    def _requests(self, row: dict[str, Any]) -> Iterator[tuple[Request, list[int]]]:
-        """The row's open prompts grouped by prefix, and the numbers of the prompts of each."""
-        groups: dict[tuple[int, ...], list[tuple[int, Branch]]] = {}
-        for number, prompt in enumerate(row["prompts"] or ()):
-            if prompt["status"] is None:
+    def _ask(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Give every prompt that waits for the model its `outcome`."""
+        images: dict[str, ImagePixels] = {}
+        asked: dict[tuple[str, TokenIds], dict[Branch, list[Prompt]]] = {}
+        for row in rows:
+            waiting = _waiting(row)
+            sha256 = row["image_sha256"]
+            if waiting and sha256 not in images:
+                images[sha256] = _image(row)
+            for prompt in waiting:
                 prefix, suffix = self._split(prompt["token_ids"])
-                branch = Branch(suffix, prompt["max_new_tokens"])
-                groups.setdefault(prefix, []).append((number, branch))
-        if not groups:
-            return
-        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
-        image = ImagePixels(pixels, row["image_sha256"])
-        for prefix, members in groups.items():
-            branches = [branch for _, branch in members]
-            yield Request(Prefix(prefix, [image]), branches), [number for number, _ in members]
+                branches = asked.setdefault((sha256, prefix), {})
+                # Decoding is greedy: the same question gets the same answer.
+                branches.setdefault(Branch(suffix, prompt["max_new_tokens"]), []).append(prompt)
+        answered = self._engine.submit(
+            [
+                Request(Prefix(prefix, [images[sha256]]), list(branches))
+                for (sha256, prefix), branches in asked.items()
+            ]
+        )
+        for branches, outcomes in zip(asked.values(), answered, strict=True):
+            for prompts, outcome in zip(branches.values(), outcomes, strict=True):
+                for prompt in prompts:
+                    prompt["outcome"] = outcome
 
-    def _split(self, ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _split(self, ids: Sequence[int]) -> tuple[TokenIds, TokenIds]:
         """Up to and including the last image token, and the rest."""
         last = max(i for i, token in enumerate(ids) if token == self._image_token_id)
         return tuple(ids[: last + 1]), tuple(ids[last + 1 :])
 
-    def _common(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What all answers of one source row share."""
+    def _common(self, row: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+        """What all answers of one line share."""
         model = self._job.model
-        same = ["source_uri", "source_index", "shard_identity", "rows_total", "sample_id", "units"]
-        same += ["image_sha256", "image_width", "image_height"]
         return {
-            **{name: row[name] for name in same},
+            **{name: row[name] for name in (*_SHARD, *_IMAGE)},
+            **{name: line[name] for name in _LINE},
             "turn": 0,
             "sample_number": 0,
             "attempts": 1,
             "model": f"{model.path}@{model.revision}" if model.revision else model.path,
             "run_id": self._run_id,
-            "row_answers": len(row["prompts"]),
+            "row_answers": len(line["prompts"]),
         }
 
-    def _answer(self, prompt: Prompt, outcome: Outcome | None) -> dict[str, Any]:
-        """What is the prompt's own in its answer row; `outcome` is null where it was settled."""
+    def _answer(self, prompt: Prompt) -> dict[str, Any]:
+        """What is the prompt's own in its answer row."""
+        outcome: Outcome | None = prompt.get("outcome")
         columns = {"question_id": prompt["question_id"], "question": prompt["question"]}
         if self._job.output.prompts:
             columns["prompt"] = prompt["prompt"]
@@ -163,8 +166,15 @@ def _error_columns(status: str, error: Mapping[str, str] | None) -> dict[str, An
     }
 
 
-def _end_mark(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("source_uri", "shard_identity", "rows_total")}
+def _waiting(row: dict[str, Any]) -> list[Prompt]:
+    """The prompts of all lines that the model is to answer."""
+    prompts = (prompt for line in row["lines"] or () for prompt in line["prompts"])
+    return [prompt for prompt in prompts if prompt["status"] is None]
+
+
+def _image(row: dict[str, Any]) -> ImagePixels:
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
+    return ImagePixels(pixels, row["image_sha256"])
 
 
 def _end_tokens(model: Any, processor: Any) -> list[int]:

@@ -1,9 +1,10 @@
-"""The first step: shards to tables of samples, with the end of each shard marked.
+"""The first step: shards to tables of images with their lines, the end of each shard marked.
 
 Knows what is still to be answered of each shard, but neither formats (`sources/`) nor ray.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,19 @@ import pyarrow as pa
 from pipeline.coverage import ShardCoverage
 from pipeline.sources import open_source
 from pipeline.sources.base import Sample, Shard, Source
-from pipeline.where import Where, parse_where
+from pipeline.where import parse_where
 from schemas.errors import FilterFailed, RowError, StoreUnavailable
 from schemas.job import JobSpec
 from schemas.tables import KEEP, SAMPLE, error_of, table_of, with_keep
 
 MAX_TABLE_BYTES = 16 * 2**20
-MAX_TABLE_ROWS = 1024
+MAX_TABLE_LINES = 1024
+MOST_LINES = 128
+"""Of one row; an image with more has several rows."""
 FIELDS = "fields"
 """What `source.where` looks at; stays here."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,77 +44,104 @@ def read_shards(
     Rows that have all their answers are left out; each shard's end is marked.
     """
     schema = with_keep(SAMPLE, keep)
-    where = parse_where(job.source.where) if job.source.where else None
-    rows: list[dict[str, Any]] = []
-    n_bytes = 0
-    for row in _rows(job, work, source=open_source(job.source, keep=keep)):
-        rows.append(row)
-        n_bytes += len(row.get("image") or b"")
-        if n_bytes >= MAX_TABLE_BYTES or len(rows) >= MAX_TABLE_ROWS:
-            yield table_of(_filtered(rows, where), schema)
-            rows, n_bytes = [], 0
+    source = open_source(job.source, keep=keep)
+    rows: list[Row] = []
+    n_bytes = n_lines = 0
+    for item in work:
+        for row in _rows(job, item, source=source, keep=keep):
+            rows.append(row)
+            n_bytes += len(row.get("image") or b"")
+            n_lines += len(row.get("lines", ()))
+            if n_bytes >= MAX_TABLE_BYTES or n_lines >= MAX_TABLE_LINES:
+                yield table_of(_filtered(rows, job.source.where), schema)
+                rows, n_bytes, n_lines = [], 0, 0
     if rows:
-        yield table_of(_filtered(rows, where), schema)
+        yield table_of(_filtered(rows, job.source.where), schema)
 
 
-def _filtered(rows: list[dict[str, Any]], where: Where | None) -> list[dict[str, Any]]:
-    """The rows, without FIELDS; where the condition does not hold, without their image."""
-    fields = [row.pop(FIELDS, {}) for row in rows]
-    held_by = where.holds(fields) if where else [True] * len(rows)
-    for row, held in zip(rows, held_by, strict=True):
-        if where is None or held is True or "source_index" not in row or row["error"]:
-            continue
-        row["image"] = None
+def _filtered(rows: list[Row], condition: str | None) -> list[Row]:
+    """The rows, without FIELDS; an image that no line needs any more is left out."""
+    where = parse_where(condition) if condition else None
+    lines = [line for row in rows for line in row.get("lines", ())]
+    fields = [line.pop(FIELDS) for line in lines]
+    if where is None:
+        return rows
+    for line, held in zip(lines, where.holds(fields), strict=True):
         if isinstance(held, FilterFailed):
-            row["image_error"] = error_of(held)
-        else:
+            line["image_error"] = error_of(held)
+        elif not held:
             message = f"source.where does not hold: {where.text}"
-            row["skip"] = {"stage": "read", "class": "Filtered", "message": message}
+            line["skip"] = {"stage": "read", "class": "Filtered", "message": message}
+    for row in rows:
+        if all(line["skip"] or line["image_error"] for line in row.get("lines", ())):
+            row["image"] = None
     return rows
 
 
-def _rows(job: JobSpec, work: Sequence[ShardWork], *, source: Source) -> Iterator[dict[str, Any]]:
-    for item in work:
-        place: dict[str, Any] = {
-            "source_uri": item.shard.uri,
-            "shard_identity": item.shard.identity,
-        }
-        samples = source.read(item.shard, skip=item.done.answered_rows(job.units))
-        is_marked = False
-        while True:
-            try:
-                sample = next(samples)
-            except StopIteration as end:
-                if not is_marked:
-                    yield {**place, "rows_total": end.value}
-                break
-            except StoreUnavailable:
-                # Without its end mark, the shard is read again from here by the next pass.
-                break
-            # A shard of known length needs no row of its own to say where it ends.
-            is_marked = item.shard.rows is not None
-            place["rows_total"] = item.shard.rows
-            units = item.done.missing_units(sample.index, job.units)
-            yield {**place, "units": units, **_columns(sample)}
+def _rows(job: JobSpec, item: ShardWork, *, source: Source, keep: Iterable[str]) -> Iterator[Row]:
+    shard = item.shard
+    place = {"source_uri": shard.uri, "shard_identity": shard.identity, "rows_total": shard.rows}
+    reading = _Reading(source.read(shard, skip=item.done.answered_rows(job.units)))
+    # A shard of known length needs no row of its own to say where it ends.
+    is_marked = False
+    for samples in _by_image(reading):
+        lines = [_line(s, units=item.done.missing_units(s.index, job.units)) for s in samples]
+        kept = {KEEP + name: [s.keep.get(name) for s in samples] for name in keep}
+        yield {**place, "image": samples[0].image, "lines": lines, **kept}
+        is_marked = shard.rows is not None
+    if reading.rows_total is not None and not is_marked:
+        yield {**place, "rows_total": reading.rows_total}
 
 
-def _columns(sample: Sample) -> dict[str, Any]:
+class _Reading:
+    """The samples of a shard, to its end or to where the store fails.
+
+    `rows_total` is null until the end was read. Without its end mark, a shard is read again, from
+    there on, by the next pass.
+    """
+
+    def __init__(self, samples: Generator[Sample, None, int]) -> None:
+        self._samples = samples
+        self.rows_total: int | None = None
+
+    def __iter__(self) -> Iterator[Sample]:
+        with contextlib.suppress(StoreUnavailable):
+            self.rows_total = yield from self._samples
+
+
+def _by_image(samples: Iterable[Sample]) -> Iterator[Sequence[Sample]]:
+    """Neighbours that hold one image together, so many at most."""
+    group: list[Sample] = []
+    for sample in samples:
+        if group and (len(group) == MOST_LINES or not _hold_one_image(group[0], sample)):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _hold_one_image(a: Sample, b: Sample) -> bool:
+    return a.image is not None and a.image is b.image
+
+
+def _line(sample: Sample, *, units: Sequence[str]) -> Row:
     questions, conversation = sample.questions, sample.conversation
-    columns: dict[str, Any] = {
+    line: Row = {
         "source_index": sample.index,
         "sample_id": sample.sample_id,
-        "image": sample.image,
+        "units": units,
         "image_error": error_of(sample.image_error),
+        "skip": None,
         "error": error_of(sample.error),
         FIELDS: sample.fields,
-        **{KEEP + name: value for name, value in sample.keep.items()},
     }
     if isinstance(questions, RowError):
-        columns["questions_error"] = error_of(questions)
+        line["questions_error"] = error_of(questions)
     elif questions is not None:
-        columns["questions"] = [{"id": q.id, "question": q.text} for q in questions]
+        line["questions"] = [{"id": q.id, "question": q.text} for q in questions]
     if isinstance(conversation, RowError):
-        columns["conversation_error"] = error_of(conversation)
+        line["conversation_error"] = error_of(conversation)
     elif conversation is not None:
-        columns["conversation"] = [{"role": t.role, "content": t.content} for t in conversation]
-    return columns
+        line["conversation"] = [{"role": t.role, "content": t.content} for t in conversation]
+    return line

@@ -1,15 +1,18 @@
 """The Arrow schemas: what a row looks like between the stages, and in the answer table.
 
-    SAMPLE     read -> prepare       one row an image, with its bytes
-    PREPARED   prepare -> generate   one row an image, with uint8 pixels and tokenised prompts
+    SAMPLE     read -> prepare       one row an image, with its bytes, and its lines
+    PREPARED   prepare -> generate   one row an image, with uint8 pixels, and its lines' prompts
     ANSWERED   generate -> write     one row an answer, with what it covers
     answers    the table of the user: ANSWERED without its bookkeeping
 
-A shard's last row is followed by an end mark: a row whose `rows_total` is set, whose
-`source_index` is null and which holds nothing else; where the length is known beforehand (a file of
-one image), the rows themselves carry it. It travels through the stages untouched, so that the part
-that carries it can say how long the shard is. Source columns that are kept travel
-as `keep.NAME`, so that no name can collide with a column of ours.
+A row of the source is a line here: a manifest may have many on one image, which is looked at once;
+other formats have one line an image. Source columns that are kept travel as `keep.NAME`, so that no
+name can collide with a column of ours; up to ANSWERED, as lists that go with the lines.
+
+A shard's last row is followed by an end mark: a row whose `rows_total` is set and which has neither
+lines nor a `source_index`; where the length is known beforehand (a file of one image), the rows
+themselves carry it. It travels through the stages untouched, so that the part that carries it can
+say how long the shard is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,36 +28,39 @@ KEEP = "keep."
 ERROR = pa.struct([("stage", pa.string()), ("class", pa.string()), ("message", pa.string())])
 """A RowError on its way to the answer table; null when all is well."""
 
-_PLACE = [
+SHARD = (
     pa.field("source_uri", pa.string()),
-    pa.field("source_index", pa.int64()),
     pa.field("shard_identity", pa.string()),
     pa.field("rows_total", pa.int64()),
+)
+"""What a row says of its shard, from stage to stage; an end mark says nothing else."""
+LINE = (
+    pa.field("source_index", pa.int64()),
     pa.field("sample_id", pa.string()),
     pa.field("units", pa.list_(pa.string())),
-]
+)
+"""What a line says of itself. `units`: the units of coverage still to be answered for it."""
 
-SAMPLE = pa.schema(
+SAMPLE_LINE = pa.struct(
     [
-        *_PLACE,
-        pa.field("image", pa.large_binary()),
-        pa.field("image_error", ERROR),
-        pa.field(
-            "questions", pa.list_(pa.struct([("id", pa.string()), ("question", pa.string())]))
-        ),
-        pa.field("questions_error", ERROR),
-        pa.field(
-            "conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        ),
-        pa.field("conversation_error", ERROR),
-        pa.field("skip", ERROR),
-        pa.field("error", ERROR),
+        *LINE,
+        ("questions", pa.list_(pa.struct([("id", pa.string()), ("question", pa.string())]))),
+        ("questions_error", ERROR),
+        ("conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("conversation_error", ERROR),
+        ("image_error", ERROR),
+        ("skip", ERROR),
+        ("error", ERROR),
     ]
 )
-"""`units`: the units of coverage still to be answered for this row. `questions`: the row's own,
-null where the source has none; `questions_error` says why they cannot be known,
-`conversation_error` why no question of the row can be rendered, `image_error` why it has no image,
-`skip` why none of its questions is to be answered. `error`: the whole row cannot be read."""
+"""`questions`: the line's own, null where the source has none; `questions_error` says why they
+cannot be known, `conversation_error` why no question of the line can be rendered, `image_error` why
+it has no image, `skip` why none of its questions is to be answered. `error`: the line itself cannot
+be read."""
+
+SAMPLE = pa.schema(
+    [*SHARD, pa.field("image", pa.large_binary()), pa.field("lines", pa.list_(SAMPLE_LINE))]
+)
 
 PROMPT = pa.struct(
     [
@@ -67,22 +73,24 @@ PROMPT = pa.struct(
         ("error", ERROR),
     ]
 )
-"""One question of a row, rendered and tokenised with its image tokens expanded. `status` is null
+"""One question of a line, rendered and tokenised with its image tokens expanded. `status` is null
 where the model is to answer, else `failed` or `skipped` with its `error`."""
+
+PREPARED_LINE = pa.struct([*LINE, ("prompts", pa.list_(PROMPT))])
 
 PREPARED = pa.schema(
     [
-        *_PLACE,
+        *SHARD,
         pa.field("pixels", pa.large_binary()),
         pa.field("pixels_shape", pa.list_(pa.int32())),
         pa.field("image_sha256", pa.string()),
         pa.field("image_width", pa.int32()),
         pa.field("image_height", pa.int32()),
-        pa.field("prompts", pa.list_(PROMPT)),
+        pa.field("lines", pa.list_(PREPARED_LINE)),
     ]
 )
 """`pixels`: uint8 [H, W, 3] row-major, resized as the processor does, not yet normalised; null
-where no prompt of the row needs them."""
+where no prompt of any line needs them."""
 
 _ANSWER = [
     pa.field("source_uri", pa.string()),
@@ -133,13 +141,15 @@ def error_of(error: RowError | None) -> dict[str, str] | None:
 
 
 def with_keep(schema: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """The stage's schema plus the kept columns, prefixed."""
-    return pa.schema([*schema, *(pa.field(KEEP + name, kind) for name, kind in keep.items())])
+    """SAMPLE or PREPARED plus the kept columns, prefixed: in each row a value for each line."""
+    lists = (pa.field(KEEP + name, pa.list_(kind)) for name, kind in keep.items())
+    return pa.schema([*schema, *lists])
 
 
 def answered_schema(keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """The schema of what generate hands to write."""
-    return with_keep(pa.schema([*_ANSWER, *_BOOKKEEPING]), keep)
+    kept = (pa.field(KEEP + name, kind) for name, kind in keep.items())
+    return pa.schema([*_ANSWER, *_BOOKKEEPING, *kept])
 
 
 def answer_schema(keep: Mapping[str, pa.DataType], *, prompts: bool) -> pa.Schema:

@@ -161,11 +161,12 @@ def _write_first_row(write: Callable[..., pa.Table], stage: Any, answered: pa.Ta
 
 
 def _places_of_prompts(batch: pa.Table) -> list[Identity]:
-    rows = batch.select(["source_uri", "source_index", "prompts"]).to_pylist()
+    rows = batch.select(["source_uri", "lines"]).to_pylist()
     return [
-        (row["source_uri"], row["source_index"], prompt["question_id"])
+        (row["source_uri"], line["source_index"], prompt["question_id"])
         for row in rows
-        for prompt in row["prompts"] or ()
+        for line in row["lines"] or ()
+        for prompt in line["prompts"]
     ]
 
 

@@ -19,7 +19,7 @@ from pipeline.sources import open_source
 from pipeline.storage import Output
 from schemas.errors import SpecError
 from schemas.job import JobSpec, StorageSpec
-from schemas.tables import SAMPLE, table_of
+from tests.lines import sample_table, unfolded
 from tests.shards import json_bytes, saved, tar_bytes, write_shard
 from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
 
@@ -96,8 +96,8 @@ def test_image_too_thin_to_resize_is_one_failed_row() -> None:
     )
     thin = saved(Image.new("1", (40_000_000, 1)), "PNG")
     place = {"source_uri": "u", "source_index": 0, "shard_identity": "i", "sample_id": "s"}
-    sample = table_of([{**place, "units": ["a"], "image": thin}], SAMPLE)
-    (prompt,) = Encode(job, {})(sample).to_pylist()[0]["prompts"]
+    sample = sample_table([{**place, "units": ["a"], "image": thin}])
+    (prompt,) = unfolded(Encode(job, {})(sample))[0]["prompts"]
     assert (prompt["status"], prompt["error"]["stage"]) == ("failed", "decode")
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from pipeline.encode import Encode
 from schemas.job import JobSpec
-from schemas.tables import SAMPLE, table_of
 from tests.corpus import corpus
 from tests.hostile_decoders import children_of
+from tests.lines import sample_table, unfolded
 
 JOB = JobSpec.model_validate(
     {
@@ -41,7 +41,7 @@ def outcomes_of(files: tuple[Path, ...], encode: Encode) -> dict[Path, str | Non
             {"source_uri": str(file), "source_index": 0, "units": ["caption"], "image": data}
             for file, data in ((file, file.read_bytes()) for file in group)
         ]
-        encoded = encode(table_of(rows, SAMPLE)).to_pylist()
+        encoded = unfolded(encode(sample_table(rows)))
         for file, row in zip(group, encoded, strict=True):
             (prompt,) = row["prompts"]
             assert row["source_uri"] == str(file)

@@ -12,7 +12,9 @@ from pipeline.encode import Encode
 from schemas.errors import SpecError
 from schemas.job import JobSpec
 from schemas.tables import PREPARED, SAMPLE, table_of, with_keep
+from tests.counted import COUNTING, counted, decodes
 from tests.hostile_decoders import hostile, path_with_hostile_decoders
+from tests.lines import folded, sample_table, unfolded
 from tests.models import noise_image, shared_checkpoint, tiny_processor, write_checkpoint
 from tests.shards import saved
 
@@ -52,9 +54,9 @@ def sample(index=0, **columns):
 
 
 def encode(encoder, *rows):
-    table = encoder(table_of(rows, SAMPLE))
+    table = encoder(sample_table(rows))
     assert table.schema == PREPARED
-    return table.to_pylist()
+    return unfolded(table)
 
 
 def outcomes(row):
@@ -140,11 +142,9 @@ def test_an_empty_batch_is_an_empty_batch(encoder):
 
 def test_kept_columns_travel_with_their_types():
     row = {**sample(), "keep.url": "http://x", "keep.at": 1_700_000_000_123_456_789}
-    table = Encode(job_of(CAPTION), KEEP)(
-        table_of([{**row, "units": ["caption"]}], with_keep(SAMPLE, KEEP))
-    )
+    table = Encode(job_of(CAPTION), KEEP)(sample_table([{**row, "units": ["caption"]}], KEEP))
     assert table.schema == with_keep(PREPARED, KEEP)
-    assert table["keep.at"].cast(pa.int64()).to_pylist() == [1_700_000_000_123_456_789]
+    assert table["keep.at"].cast(pa.list_(pa.int64())).to_pylist() == [[1_700_000_000_123_456_789]]
 
 
 ERROR = {"stage": "read", "class": "ShardUnreadable", "message": "cut off"}
@@ -241,6 +241,48 @@ def test_the_same_question_of_many_rows_is_asked_of_each(encoder):
     )
     assert after["prompts"][0]["prompt"] != alone["prompts"][0]["prompt"]
     assert again["prompts"] == alone["prompts"][:1]
+
+
+def test_lines_on_one_image_are_asked_apart_and_it_is_decoded_once(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", COUNTING)
+    log = tmp_path / "log"
+    image = counted(DATA, log=log)
+    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    error = {"stage": "read", "class": "QuestionsMalformed", "message": "no list"}
+    lines = [
+        sample(5, image=image, units=["colour"]),
+        sample(2, image=image, units=["caption"], conversation=turns),
+        sample(9, image=image, units=["questions"], questions=None, questions_error=error),
+        sample(7, image=image, units=["questions"]),
+    ]
+    table = Encode(job_of(), {})(table_of([folded(*lines)], SAMPLE))
+    [row] = table.to_pylist()
+    assert decodes(log) == 1
+    assert [(line["source_index"], line["sample_id"], line["units"]) for line in row["lines"]] == [
+        (5, "s5", ["colour"]),
+        (2, "s2", ["caption"]),
+        (9, "s9", ["questions"]),
+        (7, "s7", ["questions"]),
+    ]
+    alone = [encode(encoder, {**line, "image": DATA})[0] for line in lines]
+    assert [line["prompts"] for line in row["lines"]] == [each["prompts"] for each in alone]
+    assert row["pixels"] == alone[0]["pixels"]
+    assert (row["image_width"], row["image_height"]) == (50, 70)
+
+
+def test_an_image_that_cannot_be_decoded_fails_every_line(encoder):
+    error = {"stage": "read", "class": "FilterFailed", "message": "no"}
+    lines = [
+        sample(0, image=b"x"),
+        sample(1, image=b"x", units=["questions"], questions=[]),
+        sample(2, image=b"x", units=["colour"], image_error=error),
+    ]
+    rows = unfolded(encoder(table_of([folded(*lines)], SAMPLE)))
+    assert [outcomes(row) for row in rows] == [
+        [(q, "failed", "ImageUnidentified") for q in ("caption", "colour", "q0")],
+        [(None, "skipped", "NoQuestions")],
+        [("colour", "failed", "FilterFailed")],
+    ]
 
 
 def test_questions_that_cannot_be_known_fail_once_and_the_others_are_asked(encoder):

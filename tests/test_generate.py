@@ -11,6 +11,7 @@ from pipeline.encode import Encode
 from pipeline.generate import Generate
 from schemas.job import JobSpec
 from schemas.tables import SAMPLE, answered_schema, table_of, with_keep
+from tests.lines import folded, sample_table, unfolded
 from tests.models import (
     hub_cache,
     noise_image,
@@ -73,7 +74,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def prepared():
-    return Encode(job_of(), KEEP)(table_of(SAMPLES, with_keep(SAMPLE, KEEP)))
+    return Encode(job_of(), KEEP)(sample_table(SAMPLES, KEEP))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +110,8 @@ def test_every_prompt_is_one_row_in_input_order_and_end_marks_pass(table, answer
 def test_answers_are_what_generate_says_alone(prepared, answers):
     processor, model = tiny_processor(), tiny_model()
     by_id = {(a["source_index"], a["question_id"]): a for a in answers}
-    for row in prepared.to_pylist():
-        for prompt in row["prompts"] or ():
+    for row in unfolded(prepared):
+        for prompt in row.get("prompts", ()):
             if prompt["status"] is not None:
                 continue
             image = noise_image(row["source_index"])
@@ -221,6 +222,103 @@ def test_a_model_with_broken_weights_gives_failed_rows(tmp_path, prepared):
 
 def test_the_embedded_model_answers_its_samples(prepared):
     job = job_of(model={"path": "embedded"})
-    samples = table_of([sample(0)], with_keep(SAMPLE, KEEP))
+    samples = sample_table([sample(0)], KEEP)
     rows = Generate(job, KEEP, run_id="r")(Encode(job, KEEP)(samples)).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "skipped"]
+
+
+class Recorder:
+    """An engine that remembers what another one is asked."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.requests = []
+
+    def submit(self, requests):
+        self.requests += requests
+        return self._engine.submit(requests)
+
+
+def recorded(job, table):
+    """The answers, and the requests that they took."""
+    generate = Generate(job, KEEP, run_id="r")
+    generate._engine = recorder = Recorder(generate._engine)
+    return generate(Encode(job, KEEP)(table)).to_pylist(), recorder.requests
+
+
+def own(*questions):
+    return [{"id": id, "question": question} for id, question in questions]
+
+
+def lines_on_one_image():
+    """Three lines with questions of their own, of which two are alike."""
+    asked = [own(("a", "How many?")), own(("a", "Who?"), ("b", "How many?")), []]
+    units = [UNITS, ["questions"], UNITS]
+    return [
+        sample(index, image=png(0), questions=questions, units=unit)
+        for index, questions, unit in zip((7, 3, 5), asked, units, strict=True)
+    ]
+
+
+def lines_table(*groups):
+    return table_of([folded(*lines) for lines in groups], with_keep(SAMPLE, KEEP))
+
+
+def test_lines_on_one_image_are_one_request_and_answered_as_if_alone():
+    lines = lines_on_one_image()
+    end = {"source_uri": "a.tar", "shard_identity": "etag", "rows_total": 8}
+    rows, requests = recorded(job_of(), lines_table([end], lines, [sample(1)]))
+    assert [(r["source_index"], r["question_id"], r["row_answers"]) for r in rows] == [
+        (None, None, None),
+        (7, "caption", 3),
+        (7, "colour", 3),
+        (7, "a", 3),
+        (3, "a", 2),
+        (3, "b", 2),
+        (5, "caption", 3),
+        (5, "colour", 3),
+        (5, None, 3),
+        (1, "caption", 3),
+        (1, "colour", 3),
+        (1, None, 3),
+    ]
+    assert [len(request.branches) for request in requests] == [4, 2]
+    encode, generate = Encode(job_of(), KEEP), Generate(job_of(), KEEP, run_id="r")
+    each = [generate(encode(sample_table([line], KEEP))) for line in [end, *lines, sample(1)]]
+    alone = [row for table in each for row in table.to_pylist()]
+    differing = {"answered_at": None, "mean_logprob": None}
+    assert [{**row, **differing} for row in rows] == [{**row, **differing} for row in alone]
+    for row, other in zip(rows, alone, strict=True):
+        assert row["mean_logprob"] == pytest.approx(other["mean_logprob"], abs=1e-5)
+
+
+def test_a_conversation_of_one_line_is_none_of_the_others():
+    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    job = job_of(output={"path": "y", "prompts": True})
+    lines = [sample(0, units=["colour"]), sample(1, image=png(0), conversation=turns)]
+    lines[1]["units"] = ["colour"]
+    rows, _ = recorded(job, lines_table(lines))
+    assert [row["prompt"].count("B.") for row in rows] == [0, 1]
+
+
+def test_an_image_of_several_shards_is_looked_at_once():
+    rows = [sample(n, source_uri=f"{n}.tar", image=png(0), units=["colour"]) for n in range(3)]
+    generate = Generate(job_of(), KEEP, run_id="r")
+    looked_at = []
+    tower = generate._engine._model.model.vision_tower
+    tower.register_forward_pre_hook(
+        lambda _, args, kwargs: looked_at.append(len(kwargs.get("pixel_values", *args))),
+        with_kwargs=True,
+    )
+    answers = generate(Encode(job_of(), KEEP)(sample_table([*rows, sample(9)], KEEP))).to_pylist()
+    assert sum(looked_at) == 2
+    assert [row["source_uri"] for row in answers[:3]] == ["0.tar", "1.tar", "2.tar"]
+    assert len({row["answer"] for row in answers[:3]}) == 1
+
+
+def test_kept_values_go_with_the_lines_of_a_sliced_batch():
+    prepared = Encode(job_of(), KEEP)(lines_table([sample(1)], lines_on_one_image(), [sample(2)]))
+    rows = Generate(job_of(), KEEP, run_id="r")(prepared.slice(1, 2)).to_pylist()
+    assert {(row["source_index"], row["keep.url"]) for row in rows} == {
+        (n, f"http://{n}") for n in (7, 3, 5, 2)
+    }
