@@ -33,6 +33,12 @@ _set = click.option(
     multiple=True,
     help="Set a key of the spec, as in generate.batch_size=8 or ask.0.prompt=...; repeatable.",
 )
+_limit = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only the first N rows; the same command without it goes on from there.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _output = click.option(
     "-o", "--output", metavar="DST", required=True, help="Folder or URL for the answer table."
@@ -55,6 +61,7 @@ _quick = _options(
         help="What SRC holds.  [default: guessed from its name]",
     ),
     click.option("--print-spec", is_flag=True, help="Print the equivalent spec; run nothing."),
+    _limit,
     _set,
     _address,
     _json,
@@ -119,14 +126,21 @@ def ask(source: str, questions: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("spec")
+@_limit
 @_set
 @_address
 @_json
-def run(spec: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+def run(
+    spec: str,
+    limit: int | None,
+    overrides: tuple[str, ...],
+    address: str | None,
+    as_json: bool,
+) -> None:
     """Run the job of a spec file, or what is left of it."""
     from jobs.load import load_spec
 
-    _run(load_spec(spec, overrides), address=address, as_json=as_json)
+    _run(load_spec(spec, _limited(overrides, limit)), address=address, as_json=as_json)
 
 
 @main.command()
@@ -230,6 +244,10 @@ def stop(job_id: str, address: str | None, as_json: bool) -> None:
         print_result(f"{job_id} {'is stopping' if stopped else 'was not running'}")
 
 
+def _limited(overrides: tuple[str, ...], limit: int | None) -> tuple[str, ...]:
+    return overrides if limit is None else (*overrides, f"source.limit={limit}")
+
+
 def _run_quick(source: str, asks: list[dict[str, str]], options: dict[str, Any]) -> None:
     """Run the job of one line; `options` are those of `_quick`."""
     from jobs.load import build_spec, dump_spec
@@ -238,7 +256,8 @@ def _run_quick(source: str, asks: list[dict[str, str]], options: dict[str, Any])
     data = quick_spec(
         source, options["output"], asks, model=options["model"], format=options["format"]
     )
-    job = build_spec(data, options["overrides"], origin="command line")
+    overrides = _limited(options["overrides"], options["limit"])
+    job = build_spec(data, overrides, origin="command line")
     if options["print_spec"]:
         print_result(dump_spec(job), nl=False)
     else:

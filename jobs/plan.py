@@ -4,6 +4,7 @@ A mistake in the spec, the source or the model's path is found here, while nothi
 started or written.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,10 +38,44 @@ class Plan:
         return AnswerTable(self.job.output, keep=self.keep, fingerprint=self.fingerprint)
 
     def work(self, answered: Coverage) -> list[ShardWork]:
-        """The shards that are not complete, with what is answered of each."""
-        known = [(s, answered.of(s.uri, s.identity)) for s in self.shards]
+        """The shards that have rows to be answered, with what is answered of each.
+
+        With `source.limit`, complete ones may stand among them (`read.ReadTask`).
+        """
+        known = [ShardWork(s, answered.of(s.uri, s.identity)) for s in self.shards]
         units = self.job.units
-        return [ShardWork(s, done) for s, done in known if not done.is_complete(units)]
+        if self.job.source.limit is not None:
+            return _first_rows(known, limit=self.job.source.limit, units=units)
+        return [item for item in known if not item.done.is_complete(units)]
+
+    @property
+    def most_answers(self) -> int | None:
+        """So many answers there will be at most; null where nobody can know before it is read."""
+        if any(isinstance(ask, AskRow) for ask in self.job.ask):
+            return None
+        rows = [shard.rows for shard in self.shards]
+        total = None if None in rows else sum(filter(None, rows))
+        known = [n for n in (total, self.job.source.limit) if n is not None]
+        return min(known) * len(self.job.units) if known else None
+
+
+def _first_rows(known: Sequence[ShardWork], *, limit: int, units: Sequence[str]) -> list[ShardWork]:
+    """The shards that hold the first rows, as far as that is known; none if all are answered."""
+    left, is_done = limit, True
+    taken: list[ShardWork] = []
+    for _, pieces in itertools.groupby(known, key=lambda item: item.shard.uri):
+        if not left:
+            break
+        taken += pieces
+        shard, done = taken[-1].shard, taken[-1].done
+        total = shard.rows if done.rows_total is None else done.rows_total
+        rows = left if total is None else min(left, total)
+        is_answered = done.has_first(rows, units)
+        is_done = is_done and is_answered
+        # Of a shard without an end, all that is known is whether it has enough rows.
+        if total is not None or is_answered:
+            left -= rows
+    return [] if is_done else taken
 
 
 def plan(job: JobSpec) -> Plan:

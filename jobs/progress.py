@@ -21,9 +21,10 @@ class Pace:
     """What has been answered since the start of this run, and how many shards are done of how many.
 
     `shards_done` counts those that earlier runs completed, too; `waiting` are answers that are not
-    in the store yet.
+    in the store yet. `most_answers`: of this run, null where it is not known.
     """
 
+    most_answers: int | None = None
     shards_total: int = 0
     shards_done: int = 0
     shards_done_before: int = 0
@@ -46,15 +47,18 @@ class Pace:
         return self.answers / elapsed if elapsed else 0.0
 
     def left_s(self, now: float) -> float | None:
-        """Time left, from the shards that this run completed; null until there is one."""
-        done = self.shards_done - self.shards_done_before
-        if done <= 0:
-            return None
-        return self.elapsed_s(now) / done * max(self.shards_total - self.shards_done, 0)
+        """Time left, from the answers or the shards of this run; null until there is one."""
+        if self.most_answers is not None:
+            done, left = self.answers, self.most_answers - self.answers
+        else:
+            done = self.shards_done - self.shards_done_before
+            left = self.shards_total - self.shards_done
+        return self.elapsed_s(now) / done * max(left, 0) if done > 0 else None
 
     def line(self, now: float) -> str:
+        most = "" if self.most_answers is None else f"/{self.most_answers:,}"
         parts = [
-            f"{self.answers:,} answers",
+            f"{self.answers:,}{most} answers",
             f"{self.rate(now):.1f}/s",
             f"{self.failed:,} failed",
             f"{self.shards_done:,}/{self.shards_total:,} shards",
@@ -137,10 +141,15 @@ class Progress:
         self._display: Display = LiveLine(console) if console.is_terminal else LogLines(console)
         self._is_shown = False
 
-    def start(self, shards_total: int, shards_done: int = 0) -> None:
-        """`shards_done`: the shards that earlier runs completed."""
+    def start(
+        self, shards_total: int, shards_done: int = 0, *, most_answers: int | None = None
+    ) -> None:
+        """`shards_done`: the shards that earlier runs completed. `most_answers`: of this run."""
         self.pace = Pace(
-            shards_total=shards_total, shards_done=shards_done, shards_done_before=shards_done
+            most_answers=most_answers,
+            shards_total=shards_total,
+            shards_done=shards_done,
+            shards_done_before=shards_done,
         )
         self._is_shown = True
         self._display.start(self._line)

@@ -104,7 +104,7 @@ def summary(record: Mapping[str, Any]) -> str:
         lines = ["This run: nothing left to do"]
     lines += [
         f"Table: {_tally(counts)}",
-        *_failures(record["failures"]),
+        *failure_lines(record["failures"]),
         f"It is in {record['table']}; open it with one of",
         # This Python has pyarrow; another may not.
         f'  {sys.executable} -c "import pyarrow.dataset as d; print(d.dataset({record["table"]!r})'
@@ -120,7 +120,8 @@ def _tally(counts: Mapping[str, int]) -> str:
     return f"{total:,} answers: {', '.join(parts)}"
 
 
-def _failures(failures: Mapping[str, Any]) -> list[str]:
+def failure_lines(failures: Mapping[str, Any]) -> list[str]:
+    """The failures of a record, the most frequent class first, with an example of each."""
     if not failures:
         return []
     lines = []

@@ -20,7 +20,9 @@ from jobs.domain import warning_of
 from jobs.exits import Terminated
 from jobs.plan import Plan, plan
 from jobs.progress import Progress
-from jobs.stop import REASONS, Stop
+from jobs.records import failure_lines
+from jobs.stop import Stop
+from jobs.tolerance import Tolerance
 from pipeline.commit import AnswerTable, write_run_record
 from pipeline.footer import STATUSES, Footer, Tally
 from pipeline.lease import Lease, hold
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
     from pipeline import flow
 
 MOST_PASSES = 3
-"""A pass answers whatever no part covers; rows are left over where a store has failed."""
+"""In a row that bring nothing. A pass answers whatever no part covers; rows are left over where a
+store has failed."""
 PAUSE_S = 5.0
-"""Between passes, times their number: a store that fails is given time."""
+"""Between passes, times one more than those that brought nothing: a store is given time."""
 TICK_S = 0.25
 
 RECORDED_VERSIONS = ("lavaflow", "ray", "torch", "transformers", "pyarrow", "pillow")
@@ -85,6 +88,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
+        self._tolerance = Tolerance(self.plan.job.max_failed_fraction, self.plan.most_answers)
         # A large file is listed in pieces.
         self._shards = len({shard.uri for shard in self.plan.shards})
 
@@ -103,11 +107,14 @@ class _Run:
                     self._end_early(work)
                 self.table.finish()
         except BaseException as error:
-            self.record(ended=_ended(error), patience_s=0.0)
-            if isinstance(error, tuple(REASONS.values())):
-                self._say(f"{self.table.tally.rows:,} answers are durable")
+            record = self.record(ended=_ended(error), patience_s=0.0)
+            self._say(f"{self.table.tally.rows:,} answers are durable")
+            for line in failure_lines(record["failures"]):
+                self._say(line)
             raise
-        return RunResult(self.record(ended="complete"), self.too_many_failed())
+        return RunResult(
+            self.record(ended="complete"), self._tolerance.is_exceeded(self.table.tally)
+        )
 
     def _work(self) -> list[ShardWork]:
         return self.plan.work(self.table.coverage)
@@ -120,7 +127,7 @@ class _Run:
                 warning, style="bold yellow", soft_wrap=True, highlight=False, markup=False
             )
         left = len({item.shard.uri for item in work})
-        self._say(f"{left:,} of {self._shards:,} shards to answer; starting Ray")
+        self._say(f"{self._told(left)} to answer; starting Ray")
         # Imported here: a run with nothing to do should not wait for ray.
         from pipeline import flow
         from pipeline.session import session
@@ -138,27 +145,40 @@ class _Run:
                 fingerprint=self.plan.fingerprint,
                 resources=self._resources(cluster, is_ours=not address),
             )
-            progress.start(self._shards, self._shards - left)
-            for number in range(MOST_PASSES):
-                self._pause(number * PAUSE_S)
-                if self.stop.is_asked:
-                    break
+            progress.start(self._shards, self._shards - left, most_answers=self._most_new())
+            in_vain = 0
+            while work and in_vain < MOST_PASSES and not self.stop.is_asked:
+                answered = self.table.tally.rows
                 steps = flow.answer(run, work, stop=self.stop.asked, say=self._say)
                 with contextlib.closing(steps):
                     for step in steps:
                         self._take(step, lease, progress)
-                if not (work := self._work()):
-                    break
+                in_vain = in_vain + 1 if self.table.tally.rows == answered else 0
+                if work := self._work():
+                    self._pause((in_vain + 1) * PAUSE_S)
         return work
 
+    def _told(self, left: int) -> str:
+        limit = self.plan.job.source.limit
+        if limit is not None:
+            return f"The first {limit:,} rows of {self._shards:,} shards"
+        return f"{left:,} of {self._shards:,} shards"
+
+    def _most_new(self) -> int | None:
+        most = self.plan.most_answers
+        return None if most is None else max(most - self.tally_before.rows, 0)
+
     def _end_early(self, work: Sequence[ShardWork]) -> NoReturn:
+        if self._tolerance.is_hopeless(self.table.tally):
+            self.table.finish()
+            raise JobError(self._tolerance.told(self.table.tally))
         if self.stop.is_asked:
             self.table.close()
             raise self.stop.reason
         raise JobError(
-            f"{work[0].shard.uri} and {len(work) - 1} more shards could not be read to their end "
-            f"in {MOST_PASSES} passes; see that the store can be reached and run the same command "
-            "again: it goes on from here"
+            f"{work[0].shard.uri} and {len(work) - 1} more shards could not be read to their end: "
+            f"{MOST_PASSES} passes in a row have brought nothing; see that the store can be "
+            "reached and run the same command again: it goes on from here"
         )
 
     def _resources(self, cluster: Mapping[str, float], *, is_ours: bool) -> Resources:
@@ -186,6 +206,8 @@ class _Run:
         progress.wait(step.waiting)
         if step.receipt.num_rows:
             self._commit(step.receipt, progress)
+            if self._tolerance.is_hopeless(self.table.tally):
+                self.stop.asked.set()
 
     def _commit(self, receipt: pa.Table, progress: Progress) -> None:
         table, units = self.table, self.plan.job.units
@@ -200,10 +222,6 @@ class _Run:
         done = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         counts = sum((part.tally for part in parts), Tally()).counts
         progress.advance(**counts, shards_done=done - done_before)
-
-    def too_many_failed(self) -> bool:
-        tally = self.table.tally
-        return tally.counts["failed"] > self.plan.job.max_failed_fraction * tally.rows
 
     def record(self, *, ended: str, patience_s: float | None = None) -> dict[str, Any]:
         """Write and return what happened; where the store refuses, say so and go on."""

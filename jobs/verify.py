@@ -9,7 +9,7 @@ held in memory.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.coverage import Ranges
+from pipeline.coverage import END, Ranges
 from pipeline.footer import STATUSES
 from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part
 from pipeline.sources import open_source
-from pipeline.sources.base import Question, Sample, Shard, Source
+from pipeline.sources.base import Question, Reading, Sample, Shard
 from pipeline.sources.fetch import Unfetched
 from pipeline.storage import Output, store_errors
 from schemas.errors import JobError, RowError, SpecError
@@ -115,16 +115,22 @@ def verify(job: JobSpec) -> Report:
     )
     missing, doubled, unexpected = Finding(), Finding(), Finding()
     inputs = 0
+    wanted = END if job.source.limit is None else job.source.limit
     for shard, there in _by_shard(table, shards, unexpected=unexpected):
-        for identity in _called_for(source, shard, job=job):
-            inputs += 1
+        most = _rows_to_read(wanted, there)
+        reading = Reading(source.read(shard, skip=Ranges.starting(most)))
+        for identity in _called_for(reading if most else (), units=job.units):
             times = there.pop(identity, 0)
-            if times == 0:
-                missing.add(shard.uri, identity)
-            elif times > 1:
+            # What a run without a limit, or with another one, has answered is an input, too.
+            if times or identity[0] < wanted:
+                inputs += 1
+                if times == 0:
+                    missing.add(shard.uri, identity)
+            if times > 1:
                 doubled.add(shard.uri, identity)
         for identity, times in there.items():
             unexpected.add(shard.uri, identity, times=times)
+        wanted = max(wanted - (most if reading.rows_total is None else reading.rows_total), 0)
     failed = table.filter(pc.equal(table["status"], "failed"))
     return Report(
         inputs=inputs,
@@ -138,9 +144,14 @@ def verify(job: JobSpec) -> Report:
     )
 
 
-def _called_for(source: Source, shard: Shard, *, job: JobSpec) -> Iterator[Identity]:
-    for sample in source.read(shard, skip=Ranges()):
-        for question_id in question_ids(sample, units=job.units):
+def _rows_to_read(wanted: int, there: Iterable[Identity]) -> int:
+    """Up to the last row that is wanted or there."""
+    return max([wanted, *(index + 1 for index, _, _, _ in there if index is not None)])
+
+
+def _called_for(samples: Iterable[Sample], *, units: Sequence[str]) -> Iterator[Identity]:
+    for sample in samples:
+        for question_id in question_ids(sample, units=units):
             yield sample.index, question_id, 0, 0
 
 

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+END = 2**63 - 1
+"""Past the last row that a shard can have."""
+
 
 @dataclass(frozen=True)
 class Ranges:
@@ -33,21 +36,41 @@ class Ranges:
     def of_indexes(cls, indexes: Iterable[int]) -> Self:
         return cls.of((index, index + 1) for index in indexes)
 
+    @classmethod
+    def starting(cls, start: int) -> Self:
+        """Every row from `start` on; none where that is END."""
+        return cls.of([(start, END)])
+
+    @property
+    def tail(self) -> int:
+        """From here on every row is in the set; END where there is no such row."""
+        return self.pairs[-1][0] if self.pairs and self.pairs[-1][1] == END else END
+
     def __or__(self, other: "Ranges") -> "Ranges":
         return Ranges.of((*self.pairs, *other.pairs))
 
     def __and__(self, other: "Ranges") -> "Ranges":
-        return Ranges.of((max(a, c), min(b, d)) for a, b in self.pairs for c, d in other.pairs)
+        return Ranges.of(self._overlaps(other))
+
+    def _overlaps(self, other: "Ranges") -> Iterator[tuple[int, int]]:
+        """Some of them empty."""
+        at = other_at = 0
+        while at < len(self.pairs) and other_at < len(other.pairs):
+            (start, stop), (other_start, other_stop) = self.pairs[at], other.pairs[other_at]
+            yield max(start, other_start), min(stop, other_stop)
+            if stop <= other_stop:
+                at += 1
+            else:
+                other_at += 1
 
     def __sub__(self, other: "Ranges") -> "Ranges":
-        left = []
-        for start, stop in self.pairs:
-            for a, b in other.pairs:
-                if a < stop and start < b:
-                    left.append((start, a))
-                    start = max(start, b)
-            left.append((start, stop))
-        return Ranges.of(left)
+        return self & other._gaps()
+
+    def _gaps(self) -> "Ranges":
+        """Every row that is not in the set."""
+        stops = (0, *(stop for _, stop in self.pairs))
+        starts = (*(start for start, _ in self.pairs), END)
+        return Ranges.of(zip(stops, starts, strict=True))
 
     def __contains__(self, index: int) -> bool:
         before = bisect.bisect_right(self.pairs, index, key=lambda pair: pair[0])
@@ -91,10 +114,11 @@ class ShardCoverage:
         return functools.reduce(Ranges.__and__, every) if every else Ranges()
 
     def is_complete(self, wanted: Iterable[str]) -> bool:
-        total = self.rows_total
-        return total is not None and all(
-            self.units.get(unit, Ranges()).covers(0, total) for unit in wanted
-        )
+        return self.rows_total is not None and self.has_first(self.rows_total, wanted)
+
+    def has_first(self, rows: int, wanted: Iterable[str]) -> bool:
+        """Whether so many of the shard's rows, the first ones, have answers for every unit."""
+        return all(self.units.get(unit, Ranges()).covers(0, rows) for unit in wanted)
 
     def to_json(self) -> dict[str, Any]:
         return {

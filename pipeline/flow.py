@@ -28,7 +28,7 @@ from pipeline.footer import Fingerprint
 from pipeline.gate import Gate
 from pipeline.gather import Gathered
 from pipeline.generate import Generate
-from pipeline.read import ShardWork, read_shards
+from pipeline.read import ReadTask, ShardWork, read_shards
 from pipeline.resources import Resources
 from schemas.errors import JobError, LavaflowError
 from schemas.job import JobSpec
@@ -39,6 +39,7 @@ FILES_PER_TASK = 64
 TICK_S = 0.25
 BUNDLES_AHEAD = 2
 JOIN_S = 10.0
+MOST_FAILURES_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,16 @@ def answer(
         while gathered.rows:
             gathered.write(older_than_s=0.0)
             yield Step(gathered.receipt(timeout_s=TICK_S), gathered.rows)
+        _tell_failures(gate, say)
         execution.raise_error()
+
+
+def _tell_failures(gate: Gate, say: Callable[[str], None]) -> None:
+    failures = gate.failures()
+    for failure in failures[:MOST_FAILURES_TOLD]:
+        say(f"Not read to its end: {failure}")
+    if (more := len(failures) - MOST_FAILURES_TOLD) > 0:
+        say(f"and {more:,} more shards")
 
 
 def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
@@ -125,7 +135,8 @@ def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
 
 def _samples(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
     """The rows still to be answered, in blocks of one batch."""
-    tasks = [{"work": pickle.dumps(group)} for group in groups_of(work)]
+    limit = run.job.source.limit
+    tasks = [{"task": pickle.dumps(task)} for task in read_tasks(work, limit=limit)]
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _read,
         fn_kwargs={"job": run.job, "keep": run.keep, "gate": gate},
@@ -143,20 +154,27 @@ def _samples(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Datase
 def _read(
     batch: pa.Table, *, job: JobSpec, keep: Mapping[str, pa.DataType], gate: Gate
 ) -> Iterator[pa.Table]:
-    for group in batch["work"].to_pylist():
-        for table in read_shards(job, pickle.loads(group), keep=keep):
+    for task in batch["task"].to_pylist():
+        for table in read_shards(job, pickle.loads(task), keep=keep, on_failure=gate.tell_failure):
             # What is left out here, end marks and all, is read again by the next run.
             if not gate.is_open():
                 return
             yield table
 
 
-def groups_of(work: Sequence[ShardWork]) -> list[Sequence[ShardWork]]:
-    """The shards of each read task, in order; every shard is in exactly one."""
+def read_tasks(work: Sequence[ShardWork], *, limit: int | None) -> list[ReadTask]:
+    """The shards of each task, in order; every shard is in exactly one.
+
+    Which are the first rows of shards whose lengths are not known is known to one task only, which
+    reads them all.
+    """
+    if limit is not None and any(item.shard.rows is None for item in work):
+        return [ReadTask(work, limit)]
     files = [item for item in work if item.shard.rows == 1]
     shards = [item for item in work if item.shard.rows != 1]
     starts = range(0, len(files), FILES_PER_TASK)
-    return [*([s] for s in shards), *(files[start : start + FILES_PER_TASK] for start in starts)]
+    groups = [*([s] for s in shards), *(files[start : start + FILES_PER_TASK] for start in starts)]
+    return [ReadTask(group) for group in groups]
 
 
 class Stage:

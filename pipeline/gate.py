@@ -1,7 +1,7 @@
-"""The gate that the stages ask before they begin: how a run that was told to stop ends soon.
+"""What the stages of one run ask and tell the driver: whether to begin, and what has failed.
 
     open      every call enters
-    closed    what is inside finishes, and nothing new begins
+    closed    what is inside finishes, and nothing new begins: a run that was told to stop ends soon
 
 A tiny actor holds it, since the stages run on other machines. One that cannot be asked counts as
 open: an answer too many costs less than a job that ends by mistake.
@@ -10,6 +10,8 @@ open: an answer too many costs less than a job that ends by mistake.
 from collections import Counter, defaultdict
 
 import ray
+
+from schemas.errors import StoreUnavailable
 
 ANSWER_TIMEOUT_S = 1.0
 
@@ -42,6 +44,18 @@ class Gate:
         """A call is over, which has made this many rows."""
         self._keeper.leave.remote(stage, _actor(), rows)
 
+    def tell_failure(self, failure: StoreUnavailable) -> None:
+        """A store has failed while a shard was read."""
+        self._keeper.tell_failure.remote(str(failure))
+
+    def failures(self) -> list[str]:
+        """What was told; none where nobody can be asked."""
+        try:
+            told: list[str] = ray.get(self._keeper.failures.remote(), timeout=ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return []
+        return told
+
     def rows_after_close(self, stage: str) -> int | None:
         """Close the gate; the rows that the stage has made, or None while a call is inside."""
         try:
@@ -63,6 +77,7 @@ class _Keeper:
         self._is_open = True
         self._inside: dict[str, Counter[str]] = defaultdict(Counter)
         self._rows: Counter[str] = Counter()
+        self._failures: list[str] = []
 
     def is_open(self) -> bool:
         return self._is_open
@@ -77,6 +92,12 @@ class _Keeper:
     def leave(self, stage: str, actor: str, rows: int) -> None:
         self._inside[stage][actor] -= 1
         self._rows[stage] += rows
+
+    def tell_failure(self, failure: str) -> None:
+        self._failures.append(failure)
+
+    def failures(self) -> list[str]:
+        return self._failures
 
     def close(self, stage: str) -> int | None:
         self._is_open = False

@@ -3,18 +3,17 @@
 Knows what is still to be answered of each shard, but neither formats (`sources/`) nor ray.
 """
 
-import contextlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.coverage import ShardCoverage
+from pipeline.coverage import Ranges, ShardCoverage
 from pipeline.sources import open_source
-from pipeline.sources.base import Sample, Shard, Source
-from pipeline.where import parse_where
-from schemas.errors import FilterFailed, RowError, StoreUnavailable
+from pipeline.sources.base import Reading, Sample, Shard
+from schemas.errors import RowError, StoreUnavailable
 from schemas.job import JobSpec
 from schemas.tables import KEEP, SAMPLE, error_of, table_of, with_keep
 
@@ -22,70 +21,99 @@ MAX_TABLE_BYTES = 16 * 2**20
 MAX_TABLE_LINES = 1024
 MOST_LINES = 128
 """Of one row; an image with more has several rows."""
-FIELDS = "fields"
-"""What `source.where` looks at; stays here."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ShardWork:
-    """A shard that is not complete, and what is answered of it already."""
+    """A shard, and what is answered of it already."""
 
     shard: Shard
     done: ShardCoverage
 
 
+@dataclass(frozen=True)
+class ReadTask:
+    """Shards that are read together, in order.
+
+    `limit`: so many of their rows are wanted, the first ones; null for all. Where there is one,
+    complete shards stand among them, to be counted.
+    """
+
+    work: Sequence[ShardWork]
+    limit: int | None = None
+
+
 def read_shards(
-    job: JobSpec, work: Sequence[ShardWork], *, keep: Mapping[str, pa.DataType]
+    job: JobSpec,
+    task: ReadTask,
+    *,
+    keep: Mapping[str, pa.DataType],
+    on_failure: Callable[[StoreUnavailable], None],
 ) -> Iterator[pa.Table]:
     """Tables of SAMPLE rows (plus kept columns), each of bounded size.
 
-    Rows that have all their answers are left out; each shard's end is marked.
+    Rows that have all their answers are left out; each shard's end is marked. Where a store fails,
+    `on_failure` is told; the shard has no mark then, and the next pass reads on.
     """
     schema = with_keep(SAMPLE, keep)
-    source = open_source(job.source, keep=keep)
     rows: list[Row] = []
     n_bytes = n_lines = 0
-    for item in work:
-        for row in _rows(job, item, source=source, keep=keep):
-            rows.append(row)
-            n_bytes += len(row.get("image") or b"")
-            n_lines += len(row.get("lines", ()))
-            if n_bytes >= MAX_TABLE_BYTES or n_lines >= MAX_TABLE_LINES:
-                yield table_of(_filtered(rows, job.source.where), schema)
-                rows, n_bytes, n_lines = [], 0, 0
+    for row in _rows(job, task, keep=keep, on_failure=on_failure):
+        rows.append(row)
+        n_bytes += len(row.get("image") or b"")
+        n_lines += len(row.get("lines", ()))
+        if n_bytes >= MAX_TABLE_BYTES or n_lines >= MAX_TABLE_LINES:
+            yield table_of(rows, schema)
+            rows, n_bytes, n_lines = [], 0, 0
     if rows:
-        yield table_of(_filtered(rows, job.source.where), schema)
+        yield table_of(rows, schema)
 
 
-def _filtered(rows: list[Row], condition: str | None) -> list[Row]:
-    """The rows, without FIELDS; an image that no line needs any more is left out."""
-    where = parse_where(condition) if condition else None
-    lines = [line for row in rows for line in row.get("lines", ())]
-    fields = [line.pop(FIELDS) for line in lines]
-    if where is None:
-        return rows
-    for line, held in zip(lines, where.holds(fields), strict=True):
-        if isinstance(held, FilterFailed):
-            line["image_error"] = error_of(held)
-        elif not held:
-            message = f"source.where does not hold: {where.text}"
-            line["skip"] = {"stage": "read", "class": "Filtered", "message": message}
-    for row in rows:
-        if all(line["skip"] or line["image_error"] for line in row.get("lines", ())):
-            row["image"] = None
-    return rows
+def _rows(
+    job: JobSpec,
+    task: ReadTask,
+    *,
+    keep: Mapping[str, pa.DataType],
+    on_failure: Callable[[StoreUnavailable], None],
+) -> Iterator[Row]:
+    source = open_source(job.source, keep=keep)
+    unfinished = [item for item in task.work if not item.done.is_complete(job.units)]
+    source.expect(item.shard for item in unfinished)
+    left = task.limit
+    for _, pieces in itertools.groupby(task.work, key=lambda item: item.shard.uri):
+        rows_total: int | None = None
+        for item in pieces:
+            if item.done.is_complete(job.units):
+                rows_total = item.done.rows_total
+                continue
+            beyond = Ranges() if left is None else Ranges.starting(left)
+            skip = item.done.answered_rows(job.units) | beyond
+            reading = Reading(source.read(item.shard, skip=skip))
+            yield from _rows_of(reading, item, keep=keep, units=job.units, on_failure=on_failure)
+            rows_total = rows_total if reading.rows_total is None else reading.rows_total
+        if left is not None:
+            # The numbers of what follows a shard without an end are not known.
+            left = 0 if rows_total is None else max(left - rows_total, 0)
+            if left == 0:
+                return
 
 
-def _rows(job: JobSpec, item: ShardWork, *, source: Source, keep: Iterable[str]) -> Iterator[Row]:
-    shard = item.shard
+def _rows_of(
+    reading: Reading[Sample],
+    item: ShardWork,
+    *,
+    keep: Iterable[str],
+    units: Sequence[str],
+    on_failure: Callable[[StoreUnavailable], None],
+) -> Iterator[Row]:
+    shard, done = item.shard, item.done
     place = {"source_uri": shard.uri, "shard_identity": shard.identity, "rows_total": shard.rows}
-    reading = _Reading(source.read(shard, skip=item.done.answered_rows(job.units)))
     # A shard of known length needs no row of its own to say where it ends.
     is_marked = False
-    for samples in _by_image(reading):
-        lines = [_line(s, units=item.done.missing_units(s.index, job.units)) for s in samples]
+    for samples in _by_image(_until_failure(reading, on_failure)):
+        lines = [_line(s, units=done.missing_units(s.index, units)) for s in samples]
         kept = {KEEP + name: [s.keep.get(name) for s in samples] for name in keep}
         yield {**place, "image": samples[0].image, "lines": lines, **kept}
         is_marked = shard.rows is not None
@@ -93,20 +121,13 @@ def _rows(job: JobSpec, item: ShardWork, *, source: Source, keep: Iterable[str])
         yield {**place, "rows_total": reading.rows_total}
 
 
-class _Reading:
-    """The samples of a shard, to its end or to where the store fails.
-
-    `rows_total` is null until the end was read. Without its end mark, a shard is read again, from
-    there on, by the next pass.
-    """
-
-    def __init__(self, samples: Generator[Sample, None, int]) -> None:
-        self._samples = samples
-        self.rows_total: int | None = None
-
-    def __iter__(self) -> Iterator[Sample]:
-        with contextlib.suppress(StoreUnavailable):
-            self.rows_total = yield from self._samples
+def _until_failure(
+    samples: Iterable[Sample], on_failure: Callable[[StoreUnavailable], None]
+) -> Iterator[Sample]:
+    try:
+        yield from samples
+    except StoreUnavailable as error:
+        on_failure(error)
 
 
 def _by_image(samples: Iterable[Sample]) -> Iterator[Sequence[Sample]]:
@@ -132,9 +153,8 @@ def _line(sample: Sample, *, units: Sequence[str]) -> Row:
         "sample_id": sample.sample_id,
         "units": units,
         "image_error": error_of(sample.image_error),
-        "skip": None,
+        "skip": None if sample.skip is None else _filtered(sample.skip),
         "error": error_of(sample.error),
-        FIELDS: sample.fields,
     }
     if isinstance(questions, RowError):
         line["questions_error"] = error_of(questions)
@@ -145,3 +165,8 @@ def _line(sample: Sample, *, units: Sequence[str]) -> Row:
     elif conversation is not None:
         line["conversation"] = [{"role": t.role, "content": t.content} for t in conversation]
     return line
+
+
+def _filtered(message: str) -> dict[str, str]:
+    """Why a row is skipped; no RowError, since nothing is wrong with it."""
+    return {"stage": "read", "class": "Filtered", "message": message}

@@ -99,9 +99,14 @@ def _at(path: Path, row: Mapping[str, object]) -> object:
     return value
 
 
-def columns_of(text: str | None) -> set[str]:
-    """The columns that a spec's condition looks at. Raises SpecError as `parse_where` does."""
-    return parse_where(text).columns if text else set()
+def columns_of(where: Where | None) -> set[str]:
+    """The columns that a condition looks at."""
+    return where.columns if where else set()
+
+
+def where_of(text: str | None) -> Where | None:
+    """The condition of a spec, if it has one. Raises SpecError as `parse_where` does."""
+    return parse_where(text) if text else None
 
 
 @functools.cache

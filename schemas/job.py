@@ -74,7 +74,8 @@ class SourceSpec(Spec):
     )
     path: str | tuple[str, ...] = Field(
         description="fsspec URL or local path: a file, a folder, a glob (`*.tar`), a brace range "
-        "(`{00000..00099}.tar`), or a list of them."
+        "(`{00000..00099}.tar`), or a list of them; images: also a `.txt` or `.lst` file with one "
+        "path or URL a line."
     )
     columns: ColumnsSpec = Field(ColumnsSpec(), description="Names of the columns to read.")
     keep: tuple[str, ...] = Field(
@@ -84,14 +85,21 @@ class SourceSpec(Spec):
     )
     image_root: str | None = Field(
         None,
-        description="parquet, manifest: folder or URL in front of image paths that are relative; "
+        description="parquet, manifest, lists: folder or URL before image paths that are relative; "
         "null: the folder of the file that names them.",
     )
     image_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="parquet, manifest: seconds that one try at fetching an image may take; an "
-        "image is tried three times, in a store of this spec five times.",
+        description="Seconds that one try at fetching an image may take, where it is a file of its "
+        "own; it is tried three times, in a store of this spec five times.",
+    )
+    limit: int | None = Field(
+        None,
+        gt=0,
+        description="Only so many rows, the first ones, counted before `where`; shards whose "
+        "length is not known are then read one after the other. The same job without it goes on "
+        "from there.",
     )
     where: str | None = Field(
         None,

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.s3 import S3Server, serve
+from tests.web import Web
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +11,12 @@ def s3_server() -> Iterator[S3Server]:
     """A real S3 server with a bucket; its credentials are in the environment meanwhile."""
     with serve() as server:
         yield server
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """A web server of files."""
+    server = Web()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -5,9 +5,28 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.read import ReadTask, ShardWork, read_shards
+from schemas.errors import StoreUnavailable
+from schemas.job import JobSpec
 from schemas.tables import KEEP, SAMPLE, SAMPLE_LINE, table_of, with_keep
 
 LINE = [field.name for field in SAMPLE_LINE]
+
+
+def tables_read(
+    job: JobSpec,
+    work: Iterable[ShardWork],
+    *,
+    keep: Mapping[str, pa.DataType] | None = None,
+    limit: int | None = None,
+    failures: list[StoreUnavailable] | None = None,
+) -> list[pa.Table]:
+    """What a read task gives; fails where a store does, unless `failures` takes that."""
+    told = [] if failures is None else failures
+    task = ReadTask([*work], limit)
+    tables = [*read_shards(job, task, keep=keep or {}, on_failure=told.append)]
+    assert failures is not None or not told
+    return tables
 
 
 def folded(*lines: Mapping[str, Any]) -> dict[str, Any]:

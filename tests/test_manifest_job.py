@@ -2,10 +2,6 @@
 
 import json
 import random
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +10,12 @@ import pytest
 from jobs.verify import verify
 from schemas.job import JobSpec
 from tests.counted import COUNTING, counted, decodes
+from tests.web import Web
 from tests.whole_jobs import REPOSITORY, answers, job_of, ray_of, run, scene
 
 pytestmark = pytest.mark.slow
 
 IMAGES = 24
-
-
-class Web(ThreadingHTTPServer):
-    """Serves `files`; `asked`: how often for each."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files: dict[str, bytes] = {}
-        self.asked: Counter[str] = Counter()
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Web
-
-    def do_GET(self) -> None:
-        name = self.path.rpartition("/")[2]
-        with self.server.lock:
-            self.server.asked[name] += 1
-        data = self.server.files.get(name)
-        self.send_response(404 if data is None else 200)
-        self.send_header("Content-Length", str(len(data or b"")))
-        self.end_headers()
-        self.wfile.write(data or b"")
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    server = Web()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def name_of(number: int) -> str:

@@ -10,12 +10,12 @@ import pytest
 
 from jobs.verify import verify
 from pipeline.coverage import Ranges, ShardCoverage
-from pipeline.read import MOST_LINES, ShardWork, read_shards
+from pipeline.read import MOST_LINES, ShardWork
 from pipeline.sources import open_source
-from schemas.errors import SpecError
+from schemas.errors import SpecError, StoreUnavailable
 from schemas.job import JobSpec
 from schemas.tables import SAMPLE, with_keep
-from tests.lines import unfolded
+from tests.lines import tables_read, unfolded
 from tests.shards import image_bytes, json_bytes, write_shard
 from tests.whole_jobs import answers, job_of, ray_of, run, write_shapes
 
@@ -34,7 +34,7 @@ def write_manifest(path: Path, rows: Iterable[Any]) -> None:
 def rows_of(job: JobSpec) -> list[dict[str, Any]]:
     source = open_source(job.source)
     work = [ShardWork(s, ShardCoverage(s.uri, s.identity)) for s in source.list()]
-    return [row for table in read_shards(job, work, keep={}) for row in unfolded(table)]
+    return [row for table in tables_read(job, work) for row in unfolded(table)]
 
 
 def filtered(folder: Path, **source: Any) -> list[str]:
@@ -93,11 +93,18 @@ def manifest_job(folder: Path, rows: Iterable[Any], **source: Any) -> JobSpec:
 
 
 def tables_of(
-    job: JobSpec, *, keep: Sequence[str] = (), done: Mapping[str, Ranges] | None = None
+    job: JobSpec,
+    *,
+    keep: Sequence[str] = (),
+    done: Mapping[str, Ranges] | None = None,
+    limit: int | None = None,
+    failures: list[StoreUnavailable] | None = None,
 ) -> list[pa.Table]:
     source = open_source(job.source)
     work = [ShardWork(s, ShardCoverage(s.uri, s.identity, units=done or {})) for s in source.list()]
-    return list(read_shards(job, work, keep=dict.fromkeys(keep, pa.string())))
+    return tables_read(
+        job, work, keep=dict.fromkeys(keep, pa.string()), limit=limit, failures=failures
+    )
 
 
 def test_lines_on_one_image_are_one_row(tmp_path: Path) -> None:
@@ -185,7 +192,9 @@ def test_files_of_one_row_carry_their_length_and_have_no_end_mark(tmp_path: Path
 def test_a_store_that_fails_leaves_the_shard_without_an_end(tmp_path: Path) -> None:
     rows = [{"image": f"http://127.0.0.1:1/{n}.png"} for n in range(20)]
     job = manifest_job(tmp_path, rows, image_timeout_s=0.5)
-    assert tables_of(job) == []
+    failures: list[StoreUnavailable] = []
+    assert tables_of(job, failures=failures) == []
+    assert ["http://127.0.0.1:1" in str(failure) for failure in failures] == [True]
 
 
 @pytest.mark.slow

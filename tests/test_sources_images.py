@@ -1,5 +1,7 @@
 """The images source: every file a shard of one row."""
 
+import gzip
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from pipeline.coverage import Ranges
 from pipeline.sources import open_source
 from pipeline.sources.base import Sample, Shard
 from pipeline.sources.images import Images
-from schemas.errors import ShardUnreadable, SpecError
+from schemas.errors import ImageMissing, SpecError, StoreUnavailable
 from schemas.job import SourceSpec
 from tests.shards import image_bytes
 
@@ -86,8 +88,96 @@ def test_a_file_that_is_gone_is_one_failed_row(tmp_path: Path) -> None:
     source = source_of(str(folder_of(tmp_path, "a.png")))
     [sample] = source.read(Shard(str(tmp_path / "gone.png"), "x", rows=1), skip=Ranges())
     assert (sample.index, sample.sample_id, sample.image) == (0, "gone.png", None)
-    assert isinstance(sample.error, ShardUnreadable)
-    assert "it is gone" in str(sample.error)
+    assert isinstance(sample.image_error, ImageMissing)
+
+
+def test_a_store_that_does_not_answer_is_asked_for_one_image_only() -> None:
+    source = source_of("http://127.0.0.1:1/a.png", image_timeout_s=0.5)
+    shards = [Shard(f"http://127.0.0.1:1/{name}.png", "x", rows=1) for name in "abc"]
+    source.expect(shards)
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        next(source.read(shards[0], skip=Ranges()))
+    first_s = time.monotonic() - started
+    for shard in shards[1:]:
+        with pytest.raises(StoreUnavailable):
+            next(source.read(shard, skip=Ranges()))
+    assert time.monotonic() - started - first_s < first_s / 2
+
+
+def test_what_is_expected_is_read_whatever_is_left_out(tmp_path: Path) -> None:
+    source = source_of(str(folder_of(tmp_path, *(f"{n}.png" for n in range(5)))))
+    shards = source.list()
+    source.expect(shards)
+    for number in (1, 2, 4, 0):
+        [sample] = source.read(shards[number], skip=Ranges())
+        assert (sample.sample_id, sample.image) == (f"{number}.png", PNG)
+
+
+class TestListFiles:
+    def shards(self, path: Path, lines: bytes, **options: Any) -> tuple[Images, list[Shard]]:
+        path.write_bytes(lines)
+        source = source_of(str(path), **options)
+        return source, list(source.list())
+
+    def test_each_line_is_an_image_below_the_folder_of_the_list(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "a/1.png", "2.png", "3.png")
+        lines = f"a/1.png\r\n\n{folder}/2.png\na/1.png\n 4.png \n".encode()
+        source, shards = self.shards(folder / "some.txt", lines)
+        assert [s.uri for s in shards] == [f"{folder}/{n}" for n in ("2.png", "4.png", "a/1.png")]
+        found = [sample for s in shards for sample in source.read(s, skip=Ranges())]
+        assert [(s.sample_id, s.image) for s in found] == [
+            ("2.png", PNG),
+            ("4.png", None),
+            ("a/1.png", PNG),
+        ]
+        assert isinstance(found[1].image_error, ImageMissing)
+
+    def test_a_file_that_changes_is_another_version_of_its_shard(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "1.png", "2.png")
+        _, before = self.shards(folder / "l.lst", b"1.png\n2.png\n3.png")
+        (folder / "2.png").write_bytes(PNG + b" ")
+        _, after = self.shards(folder / "l.lst", b"1.png\n2.png\n3.png")
+        assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+    def test_relative_names_are_below_the_image_root(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "images/1.png")
+        options = {"image_root": str(folder / "images")}
+        source, [shard] = self.shards(folder / "l.txt.gz", gzip.compress(b"1.png"), **options)
+        [sample] = source.read(shard, skip=Ranges())
+        assert (sample.sample_id, sample.image) == ("1.png", PNG)
+
+    def test_what_is_secret_in_a_url_is_not_in_the_name_of_its_shard(self, tmp_path: Path) -> None:
+        signed = "https://user:pass@example.org/a.png?sig=secret"
+        _, [shard] = self.shards(tmp_path / "l.txt", signed.encode())
+        assert (shard.uri, shard.location) == ("https://example.org/a.png", signed)
+
+    def test_images_that_differ_in_their_query_are_told_apart(self, tmp_path: Path) -> None:
+        urls = [f"https://example.org/image?id={number}" for number in (1, 2)]
+        _, shards = self.shards(tmp_path / "l.txt", "\n".join(urls).encode())
+        assert {shard.location for shard in shards} == set(urls)
+        assert len({shard.uri for shard in shards}) == 2
+        assert not any("id=" in shard.uri for shard in shards)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("l.txt", b" \n", "names no image"),
+            ("l.txt", b"\xff\xfe\xff", "cannot be read as a list"),
+            ("l.lst.gz", gzip.compress(b"1.png")[:-9], "cannot be read as a list"),
+            ("l.txt.gz", b"1.png", "cannot be read as a list"),
+        ],
+    )
+    def test_a_list_that_names_nothing_is_refused(
+        self, tmp_path: Path, name: str, content: bytes, reason: str
+    ) -> None:
+        with pytest.raises(SpecError, match=reason) as error:
+            self.shards(tmp_path / name, content)
+        assert name in str(error.value)
+
+    def test_a_list_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(SpecError, match="does not exist"):
+            source_of(str(tmp_path / "gone.txt")).list()
 
 
 def test_the_name_can_be_kept(tmp_path: Path) -> None:

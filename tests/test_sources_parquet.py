@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.coverage import Ranges
-from pipeline.read import ShardCoverage, ShardWork, read_shards
+from pipeline.read import ShardCoverage, ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample, Shard, Turn
 from pipeline.sources.columns import fitted, plain
@@ -43,6 +43,7 @@ from schemas.errors import (
     StoreUnavailable,
 )
 from schemas.job import JobSpec, SourceSpec
+from tests.lines import tables_read
 from tests.s3 import S3Server
 from tests.shards import image_bytes, saved
 
@@ -398,7 +399,7 @@ class TestColumns:
         source = source_of(path, keep=["x"])
         types = source.keep_types()
         assert types == {"x": plain(pq.read_schema(path).field("x").type)}
-        [table] = read_shards(job_of(path, keep=["x"]), work_of(source), keep=types)
+        [table] = tables_read(job_of(path, keep=["x"]), work_of(source), keep=types)
         assert table.schema.field("keep.x").type == pa.list_(types["x"])
         stored = pq.read_table(path)["x"].combine_chunks()
         stored = stored.storage if isinstance(stored, pa.ExtensionArray) else stored
@@ -763,7 +764,7 @@ def read_bytes(data: bytes) -> None:
     source = open_source(job.source, keep=keep)
     samples = list(source.read(shard, skip=Ranges()))
     assert [s.index for s in samples] == list(range(len(samples)))
-    tables = list(read_shards(job, [work(shard)], keep=keep))
+    tables = tables_read(job, [work(shard)], keep=keep)
     rows = [row for table in tables for row in table.to_pylist()]
     indexes = [line["source_index"] for row in rows for line in row["lines"] or ()]
     assert indexes == [sample.index for sample in samples]

@@ -29,4 +29,6 @@ def open_source(
         return Parquet(spec, keep=keep, fetcher=fetcher)
     if spec.format == "manifest":
         return Manifest(spec, fetcher=fetcher)
-    return Images(spec) if spec.format == "images" else WebDataset(spec)
+    if spec.format == "images":
+        return Images(spec, fetcher=fetcher)
+    return WebDataset(spec)

@@ -4,9 +4,9 @@ A source lists shards without opening them and reads any rows of a shard with st
 that every source can be resumed by construction. It knows no ray and decodes no image.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -18,6 +18,9 @@ KEY = "__key__"
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 """Endings of image files, in lower case and without the dot."""
+
+
+T = TypeVar("T")
 
 
 def valid_text(text: str) -> str:
@@ -32,12 +35,14 @@ class Shard:
     `rows` is the number of rows where the format tells it without reading, else null. `piece` is
     (i, n): the i-th of n parts of a large file, to be read apart. All pieces share URI and
     identity, rows keep their index in the file, and each piece ends with the rows of the file.
+    `location` is the URI to be opened where that holds more than people may see.
     """
 
     uri: str
     identity: str
     rows: int | None = None
     piece: tuple[int, int] = (0, 1)
+    location: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Sample:
     `questions` is null where the source has none for this row, and a RowError where they cannot be
     known. `image_error` is set where the row is known and its image cannot be had: each of its
     questions fails with it. `error` is set where the row itself cannot be read: it has one failed
-    answer, whatever is asked. With either, there is no image. `fields`: the values of the columns
-    that `source.where` looks at.
+    answer, whatever is asked. With either, there is no image. `skip`: why the row is not asked
+    anything. `fields`: the values of the columns that `source.where` looks at.
     """
 
     index: int
@@ -75,7 +80,32 @@ class Sample:
     conversation: Sequence[Turn] | RowError | None = None
     keep: Mapping[str, object] = field(default_factory=dict)
     fields: Mapping[str, object] = field(default_factory=dict)
+    skip: str | None = None
     error: RowError | None = None
+
+    @property
+    def wants_image(self) -> bool:
+        """Whether anything is to be asked about it."""
+        return self.skip is None and self.image_error is None and self.error is None
+
+    def with_image(self, image: bytes | RowError | None) -> "Sample":
+        """The sample with its image as it was fetched; None where nobody has asked for it."""
+        if image is None or self.error is not None or self.image_error is not None:
+            return self
+        if isinstance(image, RowError):
+            return replace(self, image_error=image)
+        return replace(self, image=image)
+
+
+class Reading(Generic[T]):
+    """What reading a shard gives; `rows_total`: of the shard, null until its end was read."""
+
+    def __init__(self, given: Generator[T, None, int | None]) -> None:
+        self._given = given
+        self.rows_total: int | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        self.rows_total = yield from self._given
 
 
 class Source(Protocol):
@@ -90,13 +120,18 @@ class Source(Protocol):
         Raises SpecError where a path does not exist or may not be read.
         """
 
-    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """These are read next, in this order: what is small may be fetched ahead."""
+
+    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int | None]:
         """Yield the samples whose index is not in `skip`, to the end of the shard.
 
         They come in order or, where several rows name one image, image by image, in an order that
         never changes; then neighbours on one image hold the same bytes object. Returns the number
-        of rows of the shard, skipped ones and the unreadable last one included.
+        of rows of the shard, skipped ones and the unreadable last one included; None where `skip`
+        has no end and a format that does not tell the number was not read further than that.
 
+        What `source.where` filters out is marked (`filter.py`), and no image of it is fetched.
         Skipped samples are passed over without being read where the format allows it. A shard
         that breaks off ends with one sample whose `error` is ShardUnreadable; where a format tells
         how many rows are lost, each of them is such a sample. Never raises for

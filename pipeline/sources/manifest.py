@@ -16,6 +16,7 @@ Where VQA's annotation JSON is given beside the questions (`*questions*.json`,
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -24,11 +25,13 @@ from pipeline.coverage import Ranges
 from pipeline.sources.annotations import Annotations, annotations_among, is_called
 from pipeline.sources.base import Sample, Shard
 from pipeline.sources.fetch import Fetcher
+from pipeline.sources.filter import marked
 from pipeline.sources.grouping import PutAside, hash_of
 from pipeline.sources.jsonrows import Entry, Layout, NoRow, open_rows
 from pipeline.sources.manifestrows import IMAGE_NAMES, Line, ManifestRows, Row, image_column
 from pipeline.sources.uris import shown
 from pipeline.storage import StoredFile, list_files
+from pipeline.where import where_of
 from schemas.errors import (
     ManifestMalformed,
     RowError,
@@ -49,7 +52,7 @@ LINES_AT_ONCE = 128
 class _Lines(NamedTuple):
     """Rows of one image; `is_first`: there were none of it before."""
 
-    lines: Sequence[Line]
+    samples: Sequence[Sample]
     is_first: bool
 
 
@@ -58,6 +61,7 @@ class Manifest:
 
     def __init__(self, spec: SourceSpec, *, fetcher: Fetcher | None = None) -> None:
         self._spec = spec
+        self._where = where_of(spec.where)
         self._fetcher = fetcher or Fetcher(spec)
 
     def keep_types(self) -> Mapping[str, pa.DataType]:
@@ -82,6 +86,9 @@ class Manifest:
         beside = annotations_among(files) if is_annotated else ()
         return "+".join([file.identity, *(each.identity for each in beside)])
 
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """A shard is read by itself."""
+
     def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
         """As `Source.read`, but image by image."""
         with ExitStack() as stack:
@@ -94,15 +101,14 @@ class Manifest:
                     annotations.read(file.uri, self._spec.storage)
             elif scan.layout == "annotations" and scan.error is None:
                 self._expect_questions(scan)
-            rows = scan.rows()
-            lines = itertools.starmap(Line, aside.grouped())
-            asked = self._asked(lines, rows, beside=shard.uri)
+            named = _named_samples(aside, scan.rows(), annotations)
+            asked = self._asked(marked(named, self._where), beside=shard.uri)
             fetched = stack.enter_context(closing(self._fetcher.fetch_for(asked)))
             image: bytes | RowError | None = None
             for some, found in fetched:
-                image = found if some.is_first else image
-                for line in some.lines:
-                    yield rows.sample(line, image, beside=annotations.of(line.row))
+                image = found if some.is_first or found is not None else image
+                for sample in some.samples:
+                    yield sample.with_image(image)
             if scan.error is not None and scan.is_wanted(scan.rows_total - 1):
                 yield Sample(scan.rows_total - 1, "", error=scan.error)
         return scan.rows_total
@@ -126,15 +132,24 @@ class Manifest:
             ) from error
 
     def _asked(
-        self, lines: Iterable[Line], rows: ManifestRows, *, beside: str
+        self, named: Iterable[tuple[Sample, str | None]], *, beside: str
     ) -> Iterator[tuple[_Lines, str | None]]:
         """Rows to be given together, with the URI of their image where that is to be fetched."""
-        for name, group in itertools.groupby(lines, key=rows.image_of):
+        for name, group in itertools.groupby(named, key=itemgetter(1)):
             uri = None if name is None else self._fetcher.resolve(name, beside=beside)
             is_first = True
-            while some := [*itertools.islice(group, LINES_AT_ONCE)]:
-                yield _Lines(some, is_first), uri if is_first else None
-                is_first = False
+            while samples := [sample for sample, _ in itertools.islice(group, LINES_AT_ONCE)]:
+                is_wanted = any(sample.wants_image for sample in samples)
+                yield _Lines(samples, is_first), uri if is_wanted else None
+                is_first, uri = False, None if is_wanted else uri
+
+
+def _named_samples(
+    aside: PutAside, rows: ManifestRows, annotations: Annotations
+) -> Iterator[tuple[Sample, str | None]]:
+    """What was put aside as samples, with the image as each row names it."""
+    for line in itertools.starmap(Line, aside.grouped()):
+        yield rows.sample(line, beside=annotations.of(line.row)), rows.image_of(line)
 
 
 class _Scan:

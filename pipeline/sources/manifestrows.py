@@ -23,13 +23,12 @@ from pipeline.sources.base import KEY, Question, Sample, Turn
 from pipeline.sources.jsonvalues import json_text, label
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
-from pipeline.where import columns_of
+from pipeline.where import columns_of, where_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
     ManifestMalformed,
     QuestionsMalformed,
-    RowError,
 )
 from schemas.job import ColumnsSpec, SourceSpec
 
@@ -66,7 +65,7 @@ class ManifestRows:
     ) -> None:
         self._name = shown(uri)
         self._keep, self._columns = spec.keep, spec.columns
-        self._fields = columns_of(spec.where)
+        self._fields = columns_of(where_of(spec.where))
         self._image, self._header = image, header
 
     def image_of(self, line: Line) -> str | None:
@@ -76,26 +75,24 @@ class ManifestRows:
         except _NoImage:
             return None
 
-    def sample(
-        self, line: Line, image: bytes | RowError | None, *, beside: Row | None = None
-    ) -> Sample:
-        """`image`: as it was fetched. `beside`: what else is known of the row, to be kept."""
+    def sample(self, line: Line, *, beside: Row | None = None) -> Sample:
+        """Without its image. `beside`: what else is known of the row, to be kept."""
         subject = f"{self._name}: {line.place}"
         row = line.row
         if not isinstance(row, Mapping):
             error = ManifestMalformed(f"{subject}: {row}; write one JSON object for each row")
             return Sample(line.index, "", error=error)
+        name, missing = "", None
         try:
             name = shown(self._named(row))
         except _NoImage as reason:
-            name, image = "", ImageMissing(f"{subject}: {reason}")
+            missing = ImageMissing(f"{subject}: {reason}")
         key = label(row.get("id"), default=name)
         columns = {KEY: key, **(beside or {}), **row}
         return Sample(
             index=line.index,
             sample_id=label(columns.get(self._columns.id), default=key),
-            image=image if isinstance(image, bytes) else None,
-            image_error=image if isinstance(image, RowError) else None,
+            image_error=missing,
             questions=self._questions(row, subject=subject),
             conversation=self._conversation(row, subject=subject),
             keep={name: json_text(columns.get(name)) for name in self._keep},

@@ -12,8 +12,7 @@ Kept columns keep their type, which is that of the first file. Where another fil
 rows whose value would change fail; a column that another file does not have is null.
 """
 
-import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
 
@@ -23,10 +22,12 @@ from pipeline.coverage import Ranges
 from pipeline.sources.base import KEY, Sample, Shard
 from pipeline.sources.columns import Unfit, column_type, has_null_type, image_column
 from pipeline.sources.fetch import Fetcher
+from pipeline.sources.filter import marked
 from pipeline.sources.rowgroups import GroupBroken, RowGroups, open_row_groups
 from pipeline.sources.tablerows import TableRows
 from pipeline.storage import list_files
-from schemas.errors import RowError, ShardUnreadable, SpecError, StoreUnavailable
+from pipeline.where import where_of
+from schemas.errors import ShardUnreadable, SpecError, StoreUnavailable
 from schemas.job import ColumnsSpec, SourceSpec
 
 SUFFIXES = (".parquet", ".pq")
@@ -49,6 +50,7 @@ class Parquet:
         fetcher: Fetcher | None = None,
     ) -> None:
         self._spec = spec
+        self._where = where_of(spec.where)
         self._keep = keep if spec.keep else {}
         self._fetcher = fetcher or Fetcher(spec)
         self._shards: Sequence[Shard] | None = None
@@ -99,13 +101,16 @@ class Parquet:
             except StoreUnavailable as error:
                 raise SpecError(f"source.path: {error}; check the store") from error
 
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """A shard is read by itself."""
+
     def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
         try:
             with open_row_groups(shard.uri, self._spec.storage) as table:
                 asked = self._asked(table, shard, skip=skip)
                 with closing(self._fetcher.fetch_for(asked)) as fetched:
                     for sample, image in fetched:
-                        yield _with_image(sample, image)
+                        yield sample.with_image(image)
                 return table.rows
         except ShardUnreadable as error:
             if shard.piece[0] == 0 and 0 not in skip:
@@ -113,16 +118,16 @@ class Parquet:
             return 1
 
     def _asked(self, table: RowGroups, shard: Shard, *, skip: Ranges) -> Iterator[_Asked]:
-        """The rows of a shard's piece."""
+        """The rows of a shard's piece, each with the URI of its image if that is wanted."""
         if self._keep is None:
             self.keep_types()
         rows = TableRows(shard.uri, table.schema, spec=self._spec, keep=self._keep or {})
         number, pieces = shard.piece
         groups = len(table.ranges)
         for group in range(groups * number // pieces, groups * (number + 1) // pieces):
-            for sample, path in _samples(table, group, rows, skip=skip):
+            for sample, path in marked(_samples(table, group, rows, skip=skip), self._where):
                 uri = path and self._fetcher.resolve(path, beside=shard.uri)
-                yield sample, uri
+                yield sample, uri if sample.wants_image else None
 
 
 def _samples(
@@ -148,14 +153,6 @@ def _samples(
         for index in range(at, stop):
             if index in wanted:
                 yield Sample(index, str(index), error=reason), None
-
-
-def _with_image(sample: Sample, image: bytes | RowError | None) -> Sample:
-    if image is None:
-        return sample
-    if isinstance(image, RowError):
-        return dataclasses.replace(sample, image_error=image)
-    return dataclasses.replace(sample, image=image)
 
 
 def _check_columns(schema: pa.Schema, spec: SourceSpec, *, uri: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.sources.base import KEY, Question, Sample, Turn, valid_text
 from pipeline.sources.columns import Unfit, fitted, image_column
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
-from pipeline.where import columns_of
+from pipeline.where import columns_of, where_of
 from schemas.errors import ColumnMalformed, ConversationMalformed, ImageMissing, QuestionsMalformed
 from schemas.job import SourceSpec
 
@@ -30,7 +30,7 @@ class TableRows:
         self._columns = spec.columns
         self._image, self._no_image = _image_of(schema, spec.columns.image)
         names = (self._image, KEY, spec.columns.id, spec.columns.questions)
-        self._fields = columns_of(spec.where)
+        self._fields = columns_of(where_of(spec.where))
         asked = {*names, spec.columns.conversation, *keep, *self._fields}
         known = [name for name in schema.names if schema.names.count(name) == 1]
         wanted = [name for name in known if name in asked]

@@ -11,7 +11,7 @@ that name, which win. This module decodes no image and decides no question.
 
 import json
 import tarfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -22,14 +22,16 @@ from pipeline.sources.base import (
     IMAGE_SUFFIXES,
     KEY,
     Question,
+    Reading,
     Sample,
     Shard,
     Turn,
     valid_text,
 )
+from pipeline.sources.filter import marked
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.storage import list_files
-from pipeline.where import columns_of
+from pipeline.where import columns_of, where_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
@@ -67,7 +69,8 @@ class WebDataset:
         self.spec = spec
         columns = spec.columns
         self.image_suffix = columns.image.lower().lstrip(".") if columns.image else None
-        self._fields = columns_of(spec.where)
+        self._where = where_of(spec.where)
+        self._fields = columns_of(self._where)
         asked = {columns.id, columns.questions, columns.conversation, *spec.keep, *self._fields}
         self.suffixes = {"json", *(suffix for suffix in TEXT_SUFFIXES if suffix in asked)}
 
@@ -78,17 +81,30 @@ class WebDataset:
         files = list_files(self.spec.paths, self.spec.storage, suffixes=SHARD_SUFFIXES)
         return [Shard(file.uri, file.identity) for file in files]
 
-    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """A shard is read by itself."""
+
+    def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int | None]:
+        reading = Reading(self._samples(shard, skip=skip))
+        for sample, _ in marked(reading, self._where):
+            yield sample
+        return reading.rows_total
+
+    def _samples(
+        self, shard: Shard, *, skip: Ranges
+    ) -> Generator[tuple[Sample, None], None, int | None]:
         index = 0
         try:
             with open_archive(shard.uri, self.spec.storage) as archive:
                 for group in self._groups(archive, skip=skip):
+                    if index >= skip.tail:
+                        return None
                     if index not in skip:
-                        yield self._sample(shard, index, group)
+                        yield self._sample(shard, index, group), None
                     index += 1
         except ShardUnreadable as error:
             if index not in skip:
-                yield Sample(index, "", error=_unreadable(error, index))
+                yield Sample(index, "", error=_unreadable(error, index)), None
             index += 1
         return index
 
