@@ -18,10 +18,10 @@ from pipeline.lease import hold
 from pipeline.sources import open_source
 from pipeline.storage import Output
 from schemas.errors import SpecError
-from schemas.job import JobSpec, StorageSpec
+from schemas.job import AskPrompt, JobSpec, StorageSpec
 from tests.lines import sample_table, unfolded
-from tests.shards import json_bytes, saved, tar_bytes, write_shard
-from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
+from tests.shards import saved, tar_bytes
+from tests.whole_jobs import Finished, answers, job_of, run, scene
 
 ASK = [{"id": "a", "prompt": "what shape is present?"}]
 
@@ -112,12 +112,9 @@ def test_endless_chain_of_long_names_is_one_unreadable_row(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_table_that_was_tampered_with_does_not_verify(tmp_path: Path) -> None:
-    write_shapes(tmp_path / "src", shards=1, images=1)
-    job = job_of(tmp_path / "src", tmp_path / "out")
-    with ray_of(num_cpus=2):
-        run(job)
-    (part,) = (tmp_path / "out" / "answers").iterdir()
+def test_table_that_was_tampered_with_does_not_verify(finished: Finished, tmp_path: Path) -> None:
+    job = finished.copy(tmp_path)
+    part = min((tmp_path / "out" / "answers").iterdir())
     metadata, table = pq.read_metadata(part).metadata, pq.read_table(part)
     gone = pa.nulls(table.num_rows, pa.string())
     table = table.set_column(table.schema.get_field_index("answer"), "answer", gone)
@@ -126,13 +123,11 @@ def test_table_that_was_tampered_with_does_not_verify(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_question_added_under_the_id_of_a_rows_own_is_refused(tmp_path: Path) -> None:
-    own = {"questions": [{"id": "shape", "question": "what color is the shape?"}]}
-    write_shard(tmp_path / "src/a.tar", [("0.png", scene(0)[2]), ("0.json", json_bytes(own))])
-    out = tmp_path / "out"
-    with ray_of(num_cpus=2):
-        run(job_of(tmp_path / "src", out, ask=[{"from": "questions"}]))
-        with pytest.raises(SpecError, match="the id 'shape' is already used by rows' own"):
-            run(job_of(tmp_path / "src", out))
-    ids = [(row["source_index"], row["question_id"]) for row in answers(out)]
-    assert len(set(ids)) == len(ids)
+def test_question_added_under_the_id_of_a_rows_own_is_refused(
+    finished: Finished, tmp_path: Path
+) -> None:
+    added = AskPrompt(id="colour", prompt="what color is the shape?")
+    job = finished.copy(tmp_path).model_copy(update={"ask": (*finished.job.ask, added)})
+    with pytest.raises(SpecError, match="the id 'colour' is already used by rows' own"):
+        run(job)
+    assert answers(tmp_path / "out") == answers(finished.job.output.path)

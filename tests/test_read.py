@@ -8,7 +8,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from jobs.verify import verify
 from pipeline.coverage import Ranges, ShardCoverage
 from pipeline.read import MOST_LINES, ShardWork
 from pipeline.sources import open_source
@@ -17,7 +16,7 @@ from schemas.job import JobSpec
 from schemas.tables import SAMPLE, with_keep
 from tests.lines import tables_read, unfolded
 from tests.shards import image_bytes, json_bytes, write_shard
-from tests.whole_jobs import answers, job_of, ray_of, run, write_shapes
+from tests.whole_jobs import job_of
 
 WIDTHS: list[Any] = [640, 320, None, "wide"]
 
@@ -195,16 +194,3 @@ def test_a_store_that_fails_leaves_the_shard_without_an_end(tmp_path: Path) -> N
     failures: list[StoreUnavailable] = []
     assert tables_of(job, failures=failures) == []
     assert ["http://127.0.0.1:1" in str(failure) for failure in failures] == [True]
-
-
-@pytest.mark.slow
-def test_filtered_rows_are_in_the_table_and_verify_knows_them(tmp_path: Path) -> None:
-    write_shapes(tmp_path / "in", shards=1, images=4)
-    source = {"format": "webdataset", "path": str(tmp_path / "in"), "where": "__key__ < '002'"}
-    job = job_of(tmp_path / "in", tmp_path / "out", source=source)
-    with ray_of(num_cpus=2):
-        result, _ = run(job)
-    assert result.record["counts"] == {"ok": 4, "failed": 0, "skipped": 4}
-    reasons = {row["error_class"] for row in answers(tmp_path / "out")}
-    assert reasons == {None, "Filtered"}
-    assert verify(job).ok

@@ -19,11 +19,11 @@ from rich.console import Console
 from jobs.run import run_job
 from jobs.verify import verify
 from schemas.errors import JobError, SpecError
-from schemas.job import JobSpec
+from schemas.job import AskPrompt, JobSpec
 from tests.s3 import S3Server
 from tests.shards import json_bytes, saved, write_shard
 from tests.watch import wait_until
-from tests.whole_jobs import answers, job_of, ray_of, run, scene, write_shapes
+from tests.whole_jobs import Finished, answers, job_of, ray_of, run, scene, write_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -75,66 +75,101 @@ def full_from_the_start_of_answers(output: Path, *, for_s: float | None) -> Iter
 
 @pytest.mark.usefixtures("ray_session")
 class TestOnTwoCores:
-    def test_every_question_is_answered_right(self, tmp_path: Path) -> None:
-        drawn = write_shapes(tmp_path / "in", shards=2, images=12)
-        job = job_of(tmp_path / "in", tmp_path / "out")
-        result, _ = run(job)
-        rows = answers(tmp_path / "out")
-        expected = [word for colour, shape in drawn for word in (colour, shape)]
+    def test_every_question_is_answered_right(self, finished: Finished) -> None:
+        rows = answers(finished.job.output.path)
+        expected = [word for colour, shape in finished.drawn for word in (colour, shape)]
         assert [row["answer"] for row in rows] == expected
-        assert result.record["counts"] == {"ok": 48, "failed": 0, "skipped": 0}
-        assert verify(job).ok
+        assert finished.record["counts"] == {"ok": 48, "failed": 0, "skipped": 0}
+        assert "WARNING" not in finished.said
+        assert verify(finished.job).ok
 
     def test_a_complete_run_leaves_answers_its_record_ledger_and_lease(
-        self, tmp_path: Path
+        self, finished: Finished
     ) -> None:
-        write_shapes(tmp_path / "in", shards=1, images=5)
-        result, _ = run(job_of(tmp_path / "in", tmp_path / "out"))
-        files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*")]
+        out = Path(finished.job.output.path)
+        files = [path.relative_to(out) for path in out.rglob("*.*")]
         folders = Counter(file.parts[0] for file in files if file.parts[0] != ".tmp")
-        assert folders == {"answers": 1, "runs": 1, "lease": 1, "ledger.json.gz": 1}
-        record = json.loads((tmp_path / f"out/runs/{result.record['run_id']}.json").read_text())
+        assert folders == {"answers": 3, "runs": 1, "lease": 1, "ledger.json.gz": 1}
+        record = json.loads((out / f"runs/{finished.record['run_id']}.json").read_text())
         assert record["ended"] == "complete"
-        assert record["new"] == {"ok": 10, "failed": 0, "skipped": 0}
+        assert record["new"] == {"ok": 48, "failed": 0, "skipped": 0}
 
-    def test_a_second_run_has_nothing_to_do(self, tmp_path: Path) -> None:
-        write_shapes(tmp_path / "in", shards=1, images=5)
-        job = job_of(tmp_path / "in", tmp_path / "out")
-        run(job)
+    def test_a_second_run_has_nothing_to_do(self, finished: Finished, tmp_path: Path) -> None:
+        job = finished.copy(tmp_path)
         before = answers(tmp_path / "out")
         result, said = run(job)
         assert "starting Ray" not in said
         assert sum(result.record["new"].values()) == 0
         assert answers(tmp_path / "out") == before
 
-    def test_what_is_missing_and_only_that_is_answered(self, tmp_path: Path) -> None:
-        write_shapes(tmp_path / "in", shards=2, images=6)
-        output = {"path": str(tmp_path / "out"), "rows_per_file": 1}
-        job = job_of(tmp_path / "in", tmp_path / "out", output=output)
-        run(job)
+    def test_what_is_missing_and_only_that_is_answered(
+        self, finished: Finished, tmp_path: Path
+    ) -> None:
+        job = finished.copy(tmp_path)
         part = min((tmp_path / "out/answers").iterdir())
         part.unlink()
         kept = answers(tmp_path / "out")
         result, _ = run(job)
-        assert sum(result.record["new"].values()) == 24 - len(kept)
+        assert sum(result.record["new"].values()) == 48 - len(kept)
         assert all(row in answers(tmp_path / "out") for row in kept)
         assert verify(job).ok
 
-    def test_a_question_added_later_is_asked_alone(self, tmp_path: Path) -> None:
-        write_shapes(tmp_path / "in", shards=1, images=4)
-        asks = [{"id": "shape", "prompt": "what shape is present?"}]
-        run(job_of(tmp_path / "in", tmp_path / "out", ask=asks))
-        job = job_of(tmp_path / "in", tmp_path / "out")
+    def test_a_question_added_later_is_asked_alone(
+        self, finished: Finished, tmp_path: Path
+    ) -> None:
+        added = AskPrompt(id="added", prompt="what color is the shape?")
+        job = finished.copy(tmp_path).model_copy(update={"ask": (*finished.job.ask, added)})
         result, _ = run(job)
-        assert sum(result.record["new"].values()) == 4
+        assert result.record["new"] == {"ok": 24, "failed": 0, "skipped": 0}
         assert verify(job).ok
 
-    def test_a_question_changed_under_its_id_is_refused(self, tmp_path: Path) -> None:
-        write_shapes(tmp_path / "in", shards=1, images=2)
-        run(job_of(tmp_path / "in", tmp_path / "out"))
-        asks = [{"id": "shape", "prompt": "what shape is in the image?"}]
+    def test_a_question_changed_under_its_id_is_refused(
+        self, finished: Finished, tmp_path: Path
+    ) -> None:
+        changed = AskPrompt(id="shape", prompt="what shape is in the image?")
+        job = finished.copy(tmp_path).model_copy(update={"ask": (changed,)})
         with pytest.raises(SpecError, match=r"question 'shape': was .*, is now"):
-            run(job_of(tmp_path / "in", tmp_path / "out", ask=asks))
+            run(job)
+
+    def test_a_trial_of_the_first_rows_is_the_start_of_the_run(self, tmp_path: Path) -> None:
+        write_shapes(tmp_path / "in", shards=3, images=4)
+        whole = job_of(tmp_path / "in", tmp_path / "out")
+        source = whole.source.model_copy(update={"limit": 6, "where": "__key__ != '001'"})
+        trial = whole.model_copy(update={"source": source})
+        result, said = run(trial)
+        assert "The first 6 rows of 3 shards" in said
+        assert result.record["counts"] == {"ok": 8, "failed": 0, "skipped": 4}
+        assert [row["source_index"] for row in answers(tmp_path / "out")][::2] == [0, 1, 2, 3, 0, 1]
+        assert verify(trial).ok
+        rest = trial.model_copy(update={"source": source.model_copy(update={"limit": None})})
+        assert verify(rest).missing.count == 12
+        result, _ = run(rest)
+        assert sum(result.record["new"].values()) == 12
+        assert verify(rest).ok
+        assert verify(trial).ok
+
+    def test_a_run_that_can_no_longer_be_good_enough_ends_early(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        for number in range(200):
+            (tmp_path / f"in/{number:03}.png").write_bytes(b"no image")
+        job = job_of(
+            tmp_path / "in",
+            tmp_path / "out",
+            source={"format": "images", "path": str(tmp_path / "in")},
+            ask=[{"id": f"q{number}", "prompt": "what?"} for number in range(20)],
+            output={"path": str(tmp_path / "out"), "commit_interval_s": 0},
+        )
+        said = io.StringIO()
+        with pytest.raises(JobError, match=r"stopped early: .* than max_failed_fraction 0\.05"):
+            run_job(job, address=None, console=Console(file=said, width=200))
+        rows = answers(tmp_path / "out")
+        assert 1000 <= len(rows) < 4000
+        assert {row["error_class"] for row in rows} == {"ImageUnidentified"}
+        assert f"{len(rows):,} ImageUnidentified, such as: " in said.getvalue()
+        lenient = job.model_copy(update={"max_failed_fraction": 1.0})
+        result, _ = run(lenient)
+        assert result.record["counts"] == {"ok": 0, "failed": 4000, "skipped": 0}
+        assert verify(lenient).ok
 
     @pytest.mark.parametrize(
         ("keys", "told"),
@@ -216,11 +251,6 @@ class TestOnTwoCores:
         write_shard(tmp_path / "in/0.tar", [("0.png", saved(noise, "PNG"))])
         _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
         assert "WARNING: the embedded model knows one coloured shape" in said
-
-    def test_shapes_bring_no_warning(self, tmp_path: Path) -> None:
-        write_shapes(tmp_path / "in", shards=1, images=2)
-        _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
-        assert "WARNING" not in said
 
     def test_a_machine_that_cannot_load_the_model_ends_the_job_with_the_reason(
         self, tmp_path: Path

@@ -2,20 +2,41 @@
 
 import contextlib
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
 from rich.console import Console
 
+from jobs.load import dump_spec
 from jobs.run import RunResult, run_job
 from schemas.job import JobSpec
 from tests.shards import json_bytes, saved, write_shard
 from tools.shapes import COLOURS, SHAPES, Scene, draw
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that is complete: what is in its images, its record, and what it said on the way."""
+
+    job: JobSpec
+    drawn: Sequence[tuple[str, str]]
+    record: Mapping[str, Any]
+    said: str
+
+    def copy(self, folder: Path) -> JobSpec:
+        """The job over the same source, with its own copy of the output."""
+        shutil.copytree(self.job.output.path, folder / "out")
+        output = self.job.output.model_copy(update={"path": str(folder / "out")})
+        return self.job.model_copy(update={"output": output})
+
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -62,6 +83,17 @@ def run(job: JobSpec) -> tuple[RunResult, str]:
     said = io.StringIO()
     result = run_job(job, address=None, console=Console(file=said, width=200))
     return result, said.getvalue()
+
+
+def finish(folder: Path) -> Finished:
+    """Answer two questions about each of 24 images, by the installed command."""
+    drawn = write_shapes(folder / "in", shards=2, images=12)
+    output = {"path": str(folder / "out"), "rows_per_file": 20}
+    job = job_of(folder / "in", folder / "out", output=output)
+    (folder / "job.yaml").write_text(dump_spec(job))
+    done = lavaflow("run", str(folder / "job.yaml"), "--json")
+    assert done.returncode == 0, done.stderr
+    return Finished(job, drawn, json.loads(done.stdout), done.stderr)
 
 
 def lavaflow(
