@@ -319,8 +319,8 @@ class JobSpec(Spec):
         0.05,
         ge=0,
         le=1,
-        description="A complete run with a larger fraction of failed answers ends with status 3; one "
-        "that cannot end with a smaller one is ended early, with status 1, from 1,000 answers on.",
+        description="A complete run with a larger fraction of failed answers ends with status 3; "
+        "one that cannot do better is ended early, with status 1, from 1,000 answers on.",
     )
     grace_period_s: float = Field(
         60.0,
