@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.coverage import Ranges
 from pipeline.sources import open_source
 from pipeline.sources.archive import Archive
-from pipeline.sources.base import Question, Sample, Shard, Turn
+from pipeline.sources.base import Question, Reading, Sample, Shard, Turn
 from pipeline.sources.webdataset import WebDataset
 from schemas.errors import (
     ConversationMalformed,
@@ -445,3 +445,13 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path: Path) -> None
         archive = Archive(tar)
         for _ in archive.members():
             assert len(tar.members) <= 1  # type: ignore[attr-defined]
+
+
+def test_what_lies_beyond_the_last_wanted_row_is_not_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", sample_members(3))
+    source = open_source(spec_of(tmp_path / "a.tar"))
+    [shard] = source.list()
+    for most, rows_total in ((0, None), (2, None), (3, 3), (4, 3)):
+        reading = Reading(source.read(shard, skip=Ranges.starting(most)))
+        assert [sample.index for sample in reading] == list(range(min(most, 3)))
+        assert reading.rows_total == rows_total
