@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -81,7 +82,9 @@ def tiny_processor(*, chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcess
     )
 
 
-def tiny_model(*, seed: int = 0, context: int = 512) -> LlavaForConditionalGeneration:
+def tiny_model(
+    *, seed: int = 0, context: int = 512, kind: type[Any] = LlamaConfig, **text_keys: Any
+) -> LlavaForConditionalGeneration:
     """Float32, on the CPU, in eval mode: 2 text layers, 3 vision layers, 16 features an image."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -92,17 +95,20 @@ def tiny_model(*, seed: int = 0, context: int = 512) -> LlavaForConditionalGener
         patch_size=PATCH,
         projection_dim=32,
     )
-    text = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        bos_token_id=SPECIAL.index("<s>"),
-        eos_token_id=SPECIAL.index("</s>"),
-        pad_token_id=SPECIAL.index("<pad>"),
+    text = kind(
+        **{
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": context,
+            "bos_token_id": SPECIAL.index("<s>"),
+            "eos_token_id": SPECIAL.index("</s>"),
+            "pad_token_id": SPECIAL.index("<pad>"),
+            **text_keys,
+        }
     )
     config = LlavaConfig(
         vision_config=vision,

@@ -1,0 +1,162 @@
+"""Attention over slots: a question sees its image's prefix, itself, and nothing else.
+
+A text model of transformers calls whatever attention function its config names. `SlotAttention` is
+such a function. Its tokens come as one flat sequence without padding; which of them belong
+together, and where keys and values go, is told beforehand by a pass (`passes.py`).
+
+A question's attention is computed in two parts, over the prefix that it shares and over itself, and
+put together by the logarithms of their sums, as flash attention does between its blocks.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a layer asks: `query` [heads, tokens, dim], `key` and `value` [kv_heads, tokens, dim].
+
+    `window`: so many of the latest positions are seen, its own included; null for all.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    window: int | None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Heads that share keys and values."""
+        return self.query.shape[0] // self.key.shape[0]
+
+
+class Pass(Protocol):
+    """One run of the text model over a flat sequence of tokens."""
+
+    def attend(self, asked: Asked) -> torch.Tensor:
+        """[tokens, heads, dim]"""
+
+
+class SlotAttention:
+    """An attention function under a name of its own, for one model."""
+
+    def __init__(self) -> None:
+        self.name = f"lavaflow_slots_{next(_NUMBERS)}"
+        self.current: Pass | None = None
+        AttentionInterface.register(self.name, self._attend)
+        AttentionMaskInterface.register(self.name, _no_mask)
+
+    def _attend(  # noqa: PLR0913 (transformers' interface)
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert self.current is not None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        asked = Asked(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+        return self.current.attend(asked)[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The passes know who sees whom."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention over some of the keys. `out` [..., queries, dim], `lse` float32 [..., queries]."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def attend_part(
+    query: torch.Tensor,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    *,
+    scale: float,
+) -> Part:
+    """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim], plus `bias`.
+
+    Where `bias` hides every key, `lse` is minus infinity and `out` of no meaning.
+    """
+    part = _attended(query, *keys, bias, scale)
+    if bias is None or bias.shape[-2] == 1:
+        return part
+    is_hidden = bias.amax(-1) == float("-inf")
+    return Part(part.out, part.lse.masked_fill(is_hidden, float("-inf")))
+
+
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> Part:
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scale
+        )
+        return Part(out, lse)
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    return Part(torch.matmul((scores - lse[..., None]).exp().to(value.dtype), value), lse)
+
+
+def joined(a: Part, b: Part) -> torch.Tensor:
+    """The attention over the keys of both; `b` sees one at least."""
+    share = torch.sigmoid(a.lse - b.lse)[..., None]
+    # Where all of `a` is hidden, its part may be no number.
+    first = torch.where(share > 0, a.out.float() * share, 0)
+    return (first + b.out.float() * (1 - share)).to(a.out.dtype)
+
+
+def attend_causally(asked: Asked, start: int, stop: int) -> torch.Tensor:
+    """[heads, stop - start, dim]: a stretch of the sequence over itself."""
+    mask = None
+    if asked.window is not None and stop - start > asked.window:
+        places = torch.arange(stop - start, device=asked.query.device)
+        mask = is_seen(places[:, None] - places[None, :], asked.window)
+    return F.scaled_dot_product_attention(
+        asked.query[None, :, start:stop],
+        asked.key[None, :, start:stop].repeat_interleave(asked.group, 1),
+        asked.value[None, :, start:stop].repeat_interleave(asked.group, 1),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=asked.scale,
+    )[0]
+
+
+def is_seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    """`distance`: positions from a key to the token that looks."""
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Zero where a key is seen, else minus infinity."""
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, float("-inf"))

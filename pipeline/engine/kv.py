@@ -1,0 +1,73 @@
+"""Keys and values of what is being answered, preallocated and written in place.
+
+    prefixes   [layers, 2, slots, kv_heads, width, head_dim]   an image's prompt up to its question
+    branches   [layers, 2, rows, kv_heads, width, head_dim]    a question and its answer
+
+Live slots and rows come first and without gaps: what a step looks at is a view, never a copy. Stale
+numbers may lie behind them and beyond a length; they are finite, and a mask hides them.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the text model keeps of one token."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def shape_of(config: "PreTrainedConfig", *, dtype: torch.dtype, device: torch.device) -> Shape:
+    """`config`: of the text model."""
+    heads = config.num_attention_heads
+    return Shape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=dtype,
+        device=device,
+    )
+
+
+class KVArena:
+    """Keys and values of `capacity` sequences of at most `width` tokens."""
+
+    def __init__(self, shape: Shape, *, capacity: int, width: int) -> None:
+        self.capacity, self.width, self.device = capacity, width, shape.device
+        # Zeros, because what was never written is multiplied by probabilities of zero.
+        self._data = torch.zeros(
+            (shape.layers, 2, capacity, shape.kv_heads, width, shape.head_dim),
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [capacity, kv_heads, width, head_dim] of one layer."""
+        return self._data[layer, 0], self._data[layer, 1]
+
+    def move(self, source: int, target: int, *, tokens: int) -> None:
+        """Put the first tokens of a sequence in the place of another."""
+        self._data[:, :, target, :, :tokens] = self._data[:, :, source, :, :tokens]
+
+    def copy(self, other: "KVArena", *, sequences: int) -> None:
+        """Put the first sequences of another arena in the same places, as far as they are wide."""
+        width = min(self.width, other.width)
+        self._data[:, :, :sequences, :, :width] = other._data[:, :, :sequences, :, :width]
+
+    def clear(self, place: int) -> None:
+        """Zero a sequence whose numbers are not finite."""
+        self._data[:, :, place] = 0

@@ -1,0 +1,233 @@
+"""What is being answered: requests in slots, branches in rows, both without gaps.
+
+    Job    a request; its slot holds the keys of its prefix while any branch needs them
+    Row    a branch; its row holds the keys of its question and its answer
+
+Whatever is taken out, the last one moves into its place, keys and all. Knows the arenas, not the
+model.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline.engine.kv import KVArena, Shape
+from pipeline.engine.passes import Decode, Grid
+from pipeline.engine.request import Branch, Outcome, Request
+from pipeline.engine.said import Said
+
+NOWHERE = -1
+
+
+class Job:
+    """A request on its way; `is_over` is called once, when all its branches have an outcome or
+    `error` is set."""
+
+    def __init__(self, request: Request, is_over: Callable[[], None]) -> None:
+        self.request = request
+        self.error: Exception | None = None
+        self.outcomes: list[Outcome | None] = [None] * len(request.branches)
+        self.slot = NOWHERE
+        self.prefix_tokens = len(request.prefix.token_ids)
+        self.waiting = deque(Row(self, n, branch) for n, branch in enumerate(request.branches))
+        self.live = 0
+        self.is_poisoned = False
+        self._left = len(request.branches)
+        self._is_over = is_over
+
+    @property
+    def most_own_tokens(self) -> int:
+        """Room for any of its branches: all but the last token of an answer have keys."""
+        return max(len(b.token_ids) + b.max_new_tokens - 1 for b in self.request.branches)
+
+    def settle(self, number: int, outcome: Outcome) -> None:
+        self.outcomes[number] = outcome
+        self._left -= 1
+        if not self._left:
+            self._is_over()
+
+    def settled(self) -> list[Outcome]:
+        """All outcomes; there are as many as branches, or something here is wrong."""
+        return [_known(outcome) for outcome in self.outcomes]
+
+    def settle_waiting(self, outcome: Outcome) -> None:
+        """The same outcome for every branch that has no row yet."""
+        while self.waiting:
+            self.settle(self.waiting.popleft().number, outcome)
+
+    def fail(self, error: Exception) -> None:
+        """End without outcomes."""
+        self.error = error
+        self._is_over()
+
+
+def _known(outcome: Outcome | None) -> Outcome:
+    if outcome is None:
+        raise RuntimeError("a branch was left without outcome")
+    return outcome
+
+
+class Row:
+    """A branch on its way."""
+
+    def __init__(self, job: Job, number: int, branch: Branch) -> None:
+        self.job, self.number, self.branch = job, number, branch
+        self.index = NOWHERE
+        self.said = Said(job.prefix_tokens + len(branch.token_ids), branch.max_new_tokens)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens whose keys are there: all but the latest that was said."""
+        return len(self.branch.token_ids) + max(self.said.count - 1, 0)
+
+    @property
+    def next_position(self) -> int:
+        """Of the latest token, which is read next."""
+        return self.job.prefix_tokens + self.own_tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much room there is. `widths`: tokens of a prefix, and of a branch."""
+
+    slots: int
+    rows: int
+    widths: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.slots * self.widths[0] + self.rows * self.widths[1]
+
+    def holds(self, other: "Size") -> bool:
+        return self.with_at_least(other) == self
+
+    def with_at_least(self, other: "Size") -> "Size":
+        (prefix, branch), (other_prefix, other_branch) = self.widths, other.widths
+        widths = max(prefix, other_prefix), max(branch, other_branch)
+        return Size(max(self.slots, other.slots), max(self.rows, other.rows), widths)
+
+
+@dataclass
+class Live:
+    """The jobs in slots and the rows at work. `tokens`: [rows] the latest token of each."""
+
+    prefixes: KVArena
+    branches: KVArena
+    tokens: torch.Tensor
+    jobs: list[Job] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, shape: Shape, size: Size) -> "Live":
+        return cls(
+            prefixes=KVArena(shape, capacity=size.slots, width=size.widths[0]),
+            branches=KVArena(shape, capacity=size.rows, width=size.widths[1]),
+            tokens=torch.zeros(size.rows, dtype=torch.long, device=shape.device),
+        )
+
+    @property
+    def size(self) -> Size:
+        widths = self.prefixes.width, self.branches.width
+        return Size(self.prefixes.capacity, self.branches.capacity, widths)
+
+    @property
+    def free_slots(self) -> int:
+        return self.prefixes.capacity - len(self.jobs)
+
+    @property
+    def free_rows(self) -> int:
+        return self.branches.capacity - len(self.rows)
+
+    def fits(self, job: Job) -> bool:
+        """Whether slots and rows are wide enough."""
+        return (
+            job.prefix_tokens <= self.prefixes.width and job.most_own_tokens <= self.branches.width
+        )
+
+    def take_in(self, job: Job, rows: Sequence[Row]) -> None:
+        """Give a job its slot, if it has none yet, and places to these of its rows."""
+        if job.slot == NOWHERE:
+            job.slot = len(self.jobs)
+            self.jobs.append(job)
+        for row in rows:
+            row.index = len(self.rows)
+            self.rows.append(row)
+        job.live += len(rows)
+
+    def put_back(self, job: Job, rows: Sequence[Row], *, with_slot: bool) -> None:
+        """Undo the latest `take_in`."""
+        for row in reversed(rows):
+            assert self.rows.pop() is row
+            row.index = NOWHERE
+        job.live -= len(rows)
+        if with_slot:
+            assert self.jobs.pop() is job
+            job.slot = NOWHERE
+
+    def remove(self, row: Row) -> None:
+        """Take a row out, and its job with the last one."""
+        place, last = row.index, self.rows.pop()
+        if row.job.is_poisoned:
+            self.branches.clear(place)
+        if last is not row:
+            self.branches.move(last.index, place, tokens=last.own_tokens)
+            self.tokens[place] = self.tokens[last.index]
+            self.rows[place] = last
+            last.index = place
+        row.index = NOWHERE
+        row.job.live -= 1
+        if not row.job.live and not row.job.waiting:
+            self._remove_job(row.job)
+
+    def _remove_job(self, job: Job) -> None:
+        place, last = job.slot, self.jobs.pop()
+        if job.is_poisoned:
+            self.prefixes.clear(place)
+        if last is not job:
+            self.prefixes.move(last.slot, place, tokens=last.prefix_tokens)
+            self.jobs[place] = last
+            last.slot = place
+        job.slot = NOWHERE
+
+    def decode(self, rows: Sequence[Row]) -> Decode:
+        """A pass of one more token for neighbouring rows."""
+        device = self.tokens.device
+        own = np.array([row.own_tokens + 1 for row in rows])
+        slots = np.array([row.job.slot for row in rows])
+        prefix = np.array([job.prefix_tokens for job in self.jobs])
+        is_one_by_one = np.array_equal(slots, np.arange(len(self.jobs)))
+        return Decode(
+            prefixes=self.prefixes,
+            branches=self.branches,
+            first_row=rows[0].index,
+            slot_tokens=torch.from_numpy(prefix).to(device),
+            own_tokens=torch.from_numpy(own).to(device),
+            longest_prefix=int(prefix.max()),
+            longest_own=int(own.max()),
+            grid=None if is_one_by_one else _grid(slots, len(self.jobs), device),
+        )
+
+    def resized(self, shape: Shape, size: Size) -> "Live":
+        """The same with more room; what is at work is copied."""
+        other = Live.empty(shape, size)
+        other.prefixes.copy(self.prefixes, sequences=len(self.jobs))
+        other.branches.copy(self.branches, sequences=len(self.rows))
+        other.tokens[: len(self.rows)] = self.tokens[: len(self.rows)]
+        other.jobs, other.rows = self.jobs, self.rows
+        return other
+
+
+def _grid(slots: np.ndarray, count: int, device: torch.device) -> Grid:
+    """`slots`: of each row; there are `count`."""
+    counts = np.bincount(slots, minlength=count)
+    order = np.argsort(slots, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    within = np.empty(len(slots), dtype=np.int64)
+    within[order] = np.arange(len(slots)) - np.repeat(starts, counts)
+    row_of = np.zeros((count, int(counts.max())), dtype=np.int64)
+    row_of[slots, within] = np.arange(len(slots))
+    place_of = slots * row_of.shape[1] + within
+    return Grid(torch.from_numpy(row_of).to(device), torch.from_numpy(place_of).to(device))

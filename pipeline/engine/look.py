@@ -1,0 +1,158 @@
+"""What a model sees in images: each distinct one is looked at once while anybody waits for it."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.pixels import normalised
+from pipeline.engine.request import ImagePixels, Prefix
+from schemas.errors import DeviceOutOfMemory, GenerateError, TokenFeatureMismatch
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+IMAGES_AT_ONCE = 16
+
+
+class Looker:
+    """The vision tower, up to the layer that the model reads, and the projector.
+
+    `table`: float32 [3, 256] of `pixels.pixel_table`.
+    """
+
+    def __init__(self, model: "LlavaForConditionalGeneration", table: np.ndarray) -> None:
+        self._model = model
+        self._table = torch.from_numpy(table).to(model.device)
+        self._layer = _cut_tower(model)
+        self._seen: dict[str, torch.Tensor | GenerateError] = {}
+        self._wanted: Counter[str] = Counter()
+
+    def want(self, prefix: Prefix) -> None:
+        """Its images are to be kept, once they have been looked at, until `features` is called."""
+        self._wanted.update({image.sha256 for image in prefix.images})
+
+    def look(self, prefixes: Iterable[Prefix]) -> None:
+        """Look at images that nobody has looked at yet."""
+        fresh = {i.sha256: i for p in prefixes for i in p.images if i.sha256 not in self._seen}
+        by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
+        for image in fresh.values():
+            by_shape.setdefault(image.pixels.shape, []).append(image)
+        for images in by_shape.values():
+            for start in range(0, len(images), IMAGES_AT_ONCE):
+                self._look(images[start : start + IMAGES_AT_ONCE])
+
+    def features(self, prefix: Prefix) -> torch.Tensor | GenerateError | None:
+        """[tokens, hidden] for the image tokens of the prefix, or why there are none for it.
+
+        Null for a prefix without images and without image tokens.
+        """
+        found = [self._seen[image.sha256] for image in prefix.images]
+        for sha256 in {image.sha256 for image in prefix.images}:
+            self._wanted[sha256] -= 1
+            if not self._wanted[sha256]:
+                del self._wanted[sha256], self._seen[sha256]
+        for each in found:
+            if isinstance(each, GenerateError):
+                return each
+        tensors = [each for each in found if isinstance(each, torch.Tensor)]
+        n_tokens = list(prefix.token_ids).count(self._model.config.image_token_id)
+        n_features = sum(map(len, tensors))
+        if n_tokens != n_features:
+            return TokenFeatureMismatch(_mismatch(n_tokens, n_features))
+        return torch.cat(tensors) if tensors else None
+
+    def forget(self) -> None:
+        self._seen.clear()
+        self._wanted.clear()
+
+    def _look(self, images: Sequence[ImagePixels]) -> None:
+        """Where memory runs out, half as many at a time."""
+        try:
+            self._seen.update(zip((i.sha256 for i in images), self._looked(images), strict=True))
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached(self._model.device)
+        if len(images) == 1:
+            self._seen[images[0].sha256] = DeviceOutOfMemory(does_not_fit(self._model.device))
+            return
+        half = (len(images) + 1) // 2
+        self._look(images[:half])
+        self._look(images[half:])
+
+    def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
+        stacked = torch.from_numpy(np.stack([image.pixels for image in images]))
+        pixels = normalised(stacked, self._table).to(self._model.dtype)
+        found = self._model.get_image_features(
+            pixel_values=pixels, vision_feature_layer=self._layer
+        )
+        features: Sequence[torch.Tensor] = found.pooler_output
+        return features
+
+
+def _cut_tower(model: "LlavaForConditionalGeneration") -> int | list[int]:
+    """Leave out the layers behind the one that is read; gives its number then.
+
+    Whether the features stay the same is tried out.
+    """
+    wanted: int | list[int] = model.config.vision_feature_layer
+    owner: Any = _owner_of_layers(model)
+    if owner is None or not isinstance(wanted, int):
+        return wanted
+    layers: torch.nn.ModuleList = owner.layers
+    needed = wanted if wanted >= 0 else len(layers) + 1 + wanted
+    before = _probe(model, wanted)
+    owner.layers = layers[:needed]
+    try:
+        is_same = torch.equal(_probe(model, needed), before)
+    except (RuntimeError, IndexError):
+        is_same = False
+    if is_same:
+        return needed
+    owner.layers = layers
+    return wanted
+
+
+def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module | None:
+    tower: torch.nn.Module = model.model.vision_tower
+    depth = getattr(tower.config, "num_hidden_layers", None)
+    for module in tower.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == depth:
+            return module
+    return None
+
+
+@torch.inference_mode()
+def _probe(model: "LlavaForConditionalGeneration", layer: int) -> torch.Tensor:
+    side = model.config.vision_config.image_size
+    pixels = torch.linspace(-1, 1, 3 * side * side, device=model.device).reshape(1, 3, side, side)
+    found = model.get_image_features(
+        pixel_values=pixels.to(model.dtype), vision_feature_layer=layer
+    )
+    return torch.cat(list(found.pooler_output))
+
+
+def _mismatch(n_tokens: int, n_features: int) -> str:
+    """The likely culprit of the three, told from the difference."""
+    message = f"the prompt has {n_tokens} image tokens, the model gives {n_features} features: "
+    if n_features - n_tokens == 1:
+        return (
+            message + "set num_additional_image_tokens to 1 in processor_config.json, or bring its "
+            "vision_feature_select_strategy in line with config.json"
+        )
+    if n_tokens - n_features == 1:
+        return (
+            message + "bring vision_feature_select_strategy of processor_config.json in line with "
+            "config.json, or set num_additional_image_tokens to 0"
+        )
+    return (
+        message
+        + "check patch_size in processor_config.json against vision_config.patch_size, then "
+        "num_additional_image_tokens and vision_feature_select_strategy"
+    )

@@ -1,0 +1,101 @@
+"""How many slots and rows there are, and how wide: what a budget in bytes allows.
+
+A slot is as wide as the longest prefix that waits, a row as the longest question with its answer.
+What is at work moves into larger room where the budget allows both for a moment; else it is
+finished first.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from pipeline.engine.kv import Shape
+from pipeline.engine.live import Job, Live, Size
+from pipeline.engine.memory import default_kv_budget_bytes, is_out_of_memory, release_cached
+
+WIDTH_STEP = 32
+MOST_ROWS = 1024
+"""Of one step; more gain nothing."""
+
+
+class Room:
+    """Makes room within `budget_bytes`; null: a share of the device's memory."""
+
+    def __init__(self, shape: Shape, budget_bytes: int | None) -> None:
+        self._shape = shape
+        self.budget_bytes = budget_bytes or default_kv_budget_bytes(shape.device)
+        self._tokens = self.budget_bytes // shape.token_bytes
+
+    def bytes_of(self, job: Job) -> int:
+        """What the widest branch of the job needs, prefix and all."""
+        return sum(_widths([job])) * self._shape.token_bytes
+
+    def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
+        """Room for what is at work and what waits, as much as there may be.
+
+        Each job fits the budget alone. Null where the device has no room for a single row.
+        """
+        if not waiting:
+            return live
+        at_work = live is not None and live.jobs
+        wanted = self._wanted(waiting, live if at_work else None)
+        if live is not None and live.size.holds(wanted):
+            return live
+        if live is not None and at_work:
+            return self._larger(live, live.size.with_at_least(wanted))
+        del live
+        release_cached(self._shape.device)
+        return self._new(wanted)
+
+    def _wanted(self, waiting: Sequence[Job], live: Live | None) -> Size:
+        jobs = self._together(waiting)
+        widths = _widths(jobs)
+        slots, rows = len(jobs), sum(len(job.waiting) for job in jobs)
+        if live is not None:
+            slots, rows = slots + len(live.jobs), rows + len(live.rows)
+        rows = min(rows, MOST_ROWS)
+        rows_a_slot = -(-rows // slots)
+        slots = max(1, min(slots, self._tokens // (widths[0] + rows_a_slot * widths[1])))
+        rows = max(1, min(rows, (self._tokens - slots * widths[0]) // widths[1]))
+        return Size(slots, rows, widths)
+
+    def _together(self, waiting: Iterable[Job]) -> list[Job]:
+        """The first jobs, as many as can be as wide as the widest of them."""
+        jobs: list[Job] = []
+        for job in waiting:
+            if jobs and sum(_widths([*jobs, job])) > self._tokens:
+                break
+            jobs.append(job)
+        return jobs
+
+    def _larger(self, live: Live, size: Size) -> Live:
+        if live.size.tokens + size.tokens > self._tokens:
+            return live
+        try:
+            return live.resized(self._shape, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached(self._shape.device)
+        return live
+
+    def _new(self, size: Size) -> Live | None:
+        while True:
+            try:
+                return Live.empty(self._shape, size)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_cached(self._shape.device)
+            if size.slots == size.rows == 1:
+                return None
+            size = Size((size.slots + 1) // 2, (size.rows + 1) // 2, size.widths)
+
+
+def _widths(jobs: Sequence[Job]) -> tuple[int, int]:
+    return (
+        _rounded(max(job.prefix_tokens for job in jobs)),
+        _rounded(max(job.most_own_tokens for job in jobs)),
+    )
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // WIDTH_STEP) * WIDTH_STEP

@@ -1,0 +1,282 @@
+"""The engine: an image's prompt is read once, and a place that falls free is filled at once.
+
+Requests of all callers wait in one queue. A round fills free slots and rows, then takes one more
+token for every row: no answer waits for a longer one, nor a call for another. How many slots and
+rows there are follows from a budget in bytes (`room.py`). One thread does the work, callers wait.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+
+from pipeline.engine.kv import shape_of
+from pipeline.engine.language import Language
+from pipeline.engine.live import NOWHERE, Job, Live, Row
+from pipeline.engine.look import Looker
+from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.prompts import Filling, read_prompts
+from pipeline.engine.request import Outcome, Request
+from pipeline.engine.room import Room
+from schemas.errors import DeviceOutOfMemory, GenerateError, NonFiniteLogits, PromptTooLong
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+CPU_PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 16384
+"""Of one pass, about: enough to keep a device busy, on a CPU few enough to stay in its caches."""
+
+T = TypeVar("T")
+
+
+class SlotsEngine:
+    """Answers requests greedily. Safe to call from several threads: their requests mix.
+
+    In float32 each answer is token for token what transformers' `generate` gives for that prompt
+    alone, whatever else is in flight (ties of the top two logits within rounding aside).
+
+    `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
+    take; null: a share of the device's memory (`memory.py`).
+    """
+
+    def __init__(
+        self,
+        model: "LlavaForConditionalGeneration",
+        *,
+        eos_token_ids: Sequence[int],
+        table: np.ndarray,
+        kv_budget_bytes: int | None = None,
+    ) -> None:
+        text = model.config.get_text_config()
+        self._eos = frozenset(eos_token_ids)
+        self._device: torch.device = model.device
+        self._context: int = text.max_position_embeddings
+        self._image_token_id: int = model.config.image_token_id
+        self._looker = Looker(model, table)
+        self._language = Language(model)
+        self._room = Room(shape_of(text, dtype=model.dtype, device=model.device), kv_budget_bytes)
+        on_cpu = self._device.type == "cpu"
+        self._prefill_tokens = CPU_PREFILL_TOKENS if on_cpu else PREFILL_TOKENS
+        self._live: Live | None = None
+        self._queue: deque[Job] = deque()
+        self._at_hand: Sequence[Job] = ()
+        self._finished: list[tuple[Row, Outcome]] = []
+        self._arrived = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
+        """One outcome for each branch of each request, in their order.
+
+        Raises what the model raises, other than for want of memory.
+        """
+        over = threading.Semaphore(0)
+        jobs = [Job(request, over.release) for request in requests]
+        asked = [job for job in jobs if job.waiting]
+        self._queue_up([job for job in asked if self._is_possible(job)])
+        for _ in asked:
+            over.acquire()
+        for job in asked:
+            if job.error:
+                raise job.error
+        return [job.settled() for job in jobs]
+
+    def _is_possible(self, job: Job) -> bool:
+        """Whether there can ever be room for the job; else it has its outcomes."""
+        longest = job.prefix_tokens + job.most_own_tokens + 1
+        needed, budget = self._room.bytes_of(job), self._room.budget_bytes
+        if longest > self._context:
+            told = f"prompt and answer may have {longest} tokens, the context {self._context}"
+            job.settle_waiting(
+                PromptTooLong(f"{told}: ask a shorter question or lower max_new_tokens")
+            )
+        elif needed > budget:
+            told = f"keys and values of the row may take {needed:,} bytes, there are {budget:,}"
+            job.settle_waiting(
+                DeviceOutOfMemory(f"{told} in kv_budget_bytes: raise it or lower max_new_tokens")
+            )
+        return bool(job.waiting)
+
+    def _queue_up(self, jobs: Sequence[Job]) -> None:
+        with self._arrived:
+            for job in jobs:
+                self._looker.want(job.request.prefix)
+            self._queue.extend(jobs)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="lavaflow-slots", daemon=True
+                )
+                self._thread.start()
+            self._arrived.notify()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._queue or (self._live and self._live.jobs))
+            try:
+                self._round()
+            except Exception as error:  # noqa: BLE001 (raised by those who wait)
+                self._fail_all(error)
+
+    def _round(self) -> None:
+        while fillings := self._next_fillings():
+            self._fill(fillings)
+        if self._live is not None and self._live.rows:
+            self._advance(list(self._live.rows))
+            self._settle_finished()
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._arrived:
+            at_work = self._live.jobs if self._live else []
+            jobs = {*self._at_hand, *at_work, *self._queue}
+            self._queue.clear()
+            self._live, self._at_hand, self._finished = None, (), []
+            self._looker.forget()
+        for job in jobs:
+            job.fail(error)
+
+    # Filling free places
+
+    def _next_fillings(self) -> list[Filling]:
+        """What is read next, in the order of the queue: one pass, about."""
+        with self._arrived:
+            waiting = list(self._queue)
+        self._live = live = self._room.made(self._live, waiting)
+        if live is None:
+            for job in waiting[:1]:
+                self._leave_queue(job)
+                job.settle_waiting(DeviceOutOfMemory(does_not_fit(self._device)))
+            return []
+        fillings: list[Filling] = []
+        tokens, free_rows = 0, live.free_rows
+        for job in [*live.jobs, *waiting[: live.free_slots]]:
+            is_new = job.slot == NOWHERE
+            if not free_rows or tokens >= self._prefill_tokens or (is_new and not live.fits(job)):
+                break
+            tokens += job.prefix_tokens if is_new else 0
+            rows: list[Row] = []
+            while job.waiting and free_rows and (not rows or tokens < self._prefill_tokens):
+                rows.append(job.waiting.popleft())
+                tokens += len(rows[-1].branch.token_ids)
+                free_rows -= 1
+            if rows:
+                fillings.append(Filling(job, rows))
+            if is_new:
+                self._leave_queue(job)
+        return fillings
+
+    def _leave_queue(self, job: Job) -> None:
+        with self._arrived:
+            self._queue.remove(job)
+
+    def _fill(self, fillings: Sequence[Filling]) -> None:
+        """Look at the images that are missing, and read the prompts."""
+        self._at_hand = [filling.job for filling in fillings]
+        new = [job for job in self._at_hand if job.slot == NOWHERE]
+        self._looker.look(job.request.prefix for job in new)
+        self._read([ready for each in fillings if (ready := self._with_features(each))])
+        self._settle_finished()
+        self._at_hand = ()
+
+    def _with_features(self, filling: Filling) -> Filling | None:
+        """Null where there are none, and all its branches have failed."""
+        job = filling.job
+        if job.slot != NOWHERE:
+            return filling
+        features = self._looker.features(job.request.prefix)
+        if not isinstance(features, GenerateError):
+            return replace(filling, features=features)
+        for row in filling.rows:
+            job.settle(row.number, features)
+        job.settle_waiting(features)
+        return None
+
+    def _read(self, fillings: Sequence[Filling]) -> None:
+        """Read the prompts; where memory runs out, half as many at a time."""
+        if not fillings or self._fits(lambda: self._begin(fillings)):
+            return
+        first = fillings[0]
+        if len(fillings) > 1:
+            for half in _halves(fillings):
+                self._read(half)
+        elif len(first.rows) > 1:
+            for rows in _halves(first.rows):
+                self._read([replace(first, rows=rows)])
+        else:
+            first.job.settle(first.rows[0].number, DeviceOutOfMemory(does_not_fit(self._device)))
+            self._ask_again(first.job)
+
+    def _ask_again(self, job: Job) -> None:
+        """What waits of a job that has no slot takes its turn anew."""
+        if job.waiting and job.slot == NOWHERE:
+            with self._arrived:
+                self._looker.want(job.request.prefix)
+                self._queue.appendleft(job)
+
+    def _begin(self, fillings: Sequence[Filling]) -> None:
+        assert self._live is not None
+        hidden = read_prompts(
+            fillings, self._live, self._language, image_token_id=self._image_token_id
+        )
+        self._take([row for filling in fillings for row in filling.rows], hidden)
+
+    # One more token
+
+    def _advance(self, rows: Sequence[Row]) -> None:
+        """A token for each of neighbouring rows; where memory runs out, half as many at a time."""
+        if self._fits(lambda: self._decode(rows)):
+            return
+        if len(rows) > 1:
+            for half in _halves(rows):
+                self._advance(half)
+        else:
+            self._finished.append((rows[0], DeviceOutOfMemory(does_not_fit(self._device))))
+
+    def _decode(self, rows: Sequence[Row]) -> None:
+        assert self._live is not None
+        first = rows[0].index
+        what = self._live.decode(rows)
+        positions = torch.tensor([row.next_position for row in rows], device=self._device)
+        embeds = self._language.embedded(self._live.tokens[first : first + len(rows)])
+        self._take(rows, self._language.run(what, embeds, positions))
+
+    def _take(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
+        """The next token of neighbouring rows. [rows, hidden]"""
+        assert self._live is not None
+        tokens, chosen = self._language.choose(hidden)
+        first = rows[0].index
+        self._live.tokens[first : first + len(rows)] = tokens
+        for row, (token, logprob) in zip(rows, chosen, strict=True):
+            outcome = row.said.take(int(token), logprob, eos=self._eos)
+            if outcome is not None:
+                self._finished.append((row, outcome))
+
+    def _settle_finished(self) -> None:
+        assert self._live is not None
+        finished, self._finished = self._finished, []
+        for row, outcome in finished:
+            row.job.is_poisoned |= isinstance(outcome, NonFiniteLogits)
+            self._live.remove(row)
+            row.job.settle(row.number, outcome)
+
+    def _fits(self, run: Callable[[], None]) -> bool:
+        """Run it; false when memory ran out. By returning, its tensors are freed."""
+        try:
+            run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        release_cached(self._device)
+        return False
+
+
+def _halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    half = (len(items) + 1) // 2
+    return items[:half], items[half:]
