@@ -16,8 +16,14 @@ from transformers import MistralConfig, Qwen2Config
 from pipeline.engine import live, passes
 from pipeline.engine.kv import shape_of
 from pipeline.engine.pixels import pixel_table
-from pipeline.engine.request import Request
+from pipeline.engine.request import Answer, Branch, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
+from schemas.errors import (
+    DeviceOutOfMemory,
+    NonFiniteLogits,
+    PromptTooLong,
+    TokenFeatureMismatch,
+)
 from tests.engine_cases import EOS, alone, cases_of, check, request_of
 from tests.models import tiny_model, tiny_processor
 
@@ -179,3 +185,182 @@ def test_calls_from_several_threads_mix_and_get_their_own_answers(llama: Known) 
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# Degrading
+
+
+class Scarce:
+    """Memory of a device that holds so many tokens of one pass, or images of one look."""
+
+    def __init__(self, engine: SlotsEngine, *, tokens: int, images: int, error: Exception) -> None:
+        self._engine, self._tokens, self._images, self._error = engine, tokens, images, error
+        self.most_tokens = 0
+        self.looked = 0
+        run, looked = engine._language.run, engine._looker._looked
+
+        def scarce_run(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            if len(embeds) > self._tokens:
+                raise self._error
+            self.most_tokens = max(self.most_tokens, len(embeds))
+            return run(what, embeds, positions)
+
+        def scarce_look(images: Sequence[Any]) -> Any:
+            if len(images) > self._images:
+                raise self._error
+            self.looked += len(images)
+            return looked(images)
+
+        engine._language.run = scarce_run  # type: ignore[method-assign]
+        engine._looker._looked = scarce_look  # type: ignore[method-assign]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_what_does_not_fit_is_halved_and_answers_stay_the_same(
+    llama: Known, error: Exception
+) -> None:
+    engine = llama.engine()
+    scarce = Scarce(engine, tokens=70, images=1, error=error)
+    llama.check(engine, groups_of([12, 1, 3, 2], random.Random(0)))
+    assert scarce.most_tokens <= 70
+
+
+def test_a_row_that_does_not_fit_alone_fails_and_its_siblings_do_not(llama: Known) -> None:
+    engine = llama.engine()
+    [request] = llama.requests(groups_of([12], random.Random(0)))
+    prefix = len(request.prefix.token_ids)
+    lengths = [prefix + len(branch.token_ids) for branch in request.branches]
+    room = sorted(lengths)[7]
+    Scarce(engine, tokens=room, images=1, error=OUT_OF_MEMORY[0])
+    [outcomes] = engine.submit([request])
+    # A question that comes to a prefix which is there needs less.
+    for length, outcome in zip(lengths, outcomes, strict=True):
+        fits = length <= room or length - prefix <= room
+        assert isinstance(outcome, Answer if fits else DeviceOutOfMemory)
+    llama.check(engine, groups_of([1], random.Random(1)))
+
+
+def test_an_image_that_does_not_fit_fails_all_its_questions(llama: Known) -> None:
+    engine = llama.engine()
+    Scarce(engine, tokens=10_000, images=0, error=OUT_OF_MEMORY[1])
+    outcomes = engine.submit(llama.requests(groups_of([3, 1], random.Random(0))))
+    assert {type(o) for o in itertools.chain(*outcomes)} == {DeviceOutOfMemory}
+
+
+def test_an_error_that_is_not_about_memory_reaches_every_caller(llama: Known) -> None:
+    engine = llama.engine()
+    right = engine._language.run
+    engine._language.run = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError):
+        engine.submit(llama.requests([[0], [1, 5]]))
+    engine._language.run = right  # type: ignore[method-assign]
+    llama.check(engine, [[0], [1, 5]])
+
+
+def test_an_image_is_looked_at_once_while_anybody_waits_for_it(llama: Known) -> None:
+    engine = llama.engine()
+    scarce = Scarce(engine, tokens=10_000, images=100, error=OUT_OF_MEMORY[0])
+    llama.check(engine, [[i] for i in range(16)])
+    assert scarce.looked == IMAGES
+    assert not engine._looker._seen
+
+
+def test_layers_behind_the_one_that_is_read_do_not_run(llama: Known) -> None:
+    model = copy.deepcopy(llama.model)
+    layers = list(model.model.vision_tower.encoder.layers)
+    engine = llama.engine(model=model)
+    layers[-1].forward = None
+    llama.check(engine, [[0], [1]])
+
+
+def test_a_budget_for_less_than_a_row_is_told_with_the_figures(llama: Known) -> None:
+    engine = llama.engine(slots=0.5)
+    [[outcome], [short]] = engine.submit(
+        [
+            *llama.requests([[0]]),
+            Request(Prefix([1]), [Branch([5, 6], 2)]),
+        ]
+    )
+    assert isinstance(outcome, DeviceOutOfMemory)
+    assert f"{engine._room.budget_bytes:,} in kv_budget_bytes" in str(outcome)
+    assert isinstance(short, Answer)
+
+
+def test_a_prompt_beyond_the_context_fails_alone(llama: Known) -> None:
+    long = llama.requests([[0]])[0]
+    long = Request(long.prefix, [Branch([5] * 600, 3), *long.branches])
+    [[outcome, fine]] = llama.engine().submit([long])
+    assert isinstance(outcome, PromptTooLong)
+    assert "512" in str(outcome)
+    check(fine, llama.expected[0])
+
+
+def poisoned(llama: Known, token: int) -> SlotsEngine:
+    model = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    return llama.engine(model=model, slots=4)
+
+
+def test_logits_that_are_not_finite_fail_their_row_only(llama: Known) -> None:
+    """The guilty one's keys are gone, too, when its place is used again."""
+    unused = 250
+    requests = llama.requests(groups_of([3, 2, 4, 1, 2], random.Random(0)))
+    bad = requests[1]
+    branches = [Branch([*bad.branches[0].token_ids, unused], 5), *bad.branches]
+    requests[1] = Request(bad.prefix, branches)
+    outcomes = poisoned(llama, unused).submit(requests)
+    guilty = outcomes[1].pop(0)
+    assert isinstance(guilty, NonFiniteLogits)
+    groups = groups_of([3, 2, 4, 1, 2], random.Random(0))
+    for group, answers in zip(groups, outcomes, strict=True):
+        for i, answer in zip(group, answers, strict=True):
+            check(answer, llama.expected[i])
+
+
+def test_a_prefix_that_is_not_finite_fails_its_own_questions_only(llama: Known) -> None:
+    unused = 250
+    good, bad = llama.requests([[0, 4], [1, 5]])
+    ids = [unused, *bad.prefix.token_ids]
+    engine = poisoned(llama, unused)
+    for _ in range(2):
+        outcomes = engine.submit([Request(Prefix(ids, bad.prefix.images), bad.branches), good])
+        assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
+        for i, answer in zip([0, 4], outcomes[1], strict=True):
+            check(answer, llama.expected[i])
+
+
+def test_image_tokens_that_do_not_match_the_features_fail_alone(llama: Known) -> None:
+    good, other = llama.requests([[0], [1]])
+    bad = Request(Prefix(list(other.prefix.token_ids)[:-1], other.prefix.images), other.branches)
+    [[outcome], [fine]] = llama.engine().submit([bad, good])
+    assert isinstance(outcome, TokenFeatureMismatch)
+    assert "15 image tokens" in str(outcome)
+    check(fine, llama.expected[0])
+
+
+def test_prompts_without_an_image_are_answered(llama: Known) -> None:
+    ids = llama.processor.tokenizer("USER: yes or no? ASSISTANT:")["input_ids"]
+    engine = llama.engine()
+    outcomes = engine.submit(
+        [Request(Prefix([]), [Branch(ids, 4)]), Request(Prefix(ids[:3]), [Branch(ids[3:], 4)] * 2)]
+    )
+    whole = llama.model.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=list(EOS)
+    )
+    expected = [token for token in whole[0, len(ids) :].tolist() if token not in EOS]
+    for answer in itertools.chain(*outcomes):
+        assert isinstance(answer, Answer)
+        assert list(answer.token_ids) == expected
+
+
+def test_requests_without_branches_and_empty_calls_give_nothing(llama: Known) -> None:
+    engine = llama.engine()
+    assert engine.submit([]) == []
+    assert engine.submit([Request(llama.requests([[0]])[0].prefix, [])]) == [[]]

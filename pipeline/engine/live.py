@@ -40,8 +40,8 @@ class Job:
 
     @property
     def most_own_tokens(self) -> int:
-        """Room for any of its branches: all but the last token of an answer have keys."""
-        return max(len(b.token_ids) + b.max_new_tokens - 1 for b in self.request.branches)
+        """Of the longest of its branches that wait."""
+        return max((row.most_tokens for row in self.waiting), default=0)
 
     def settle(self, number: int, outcome: Outcome) -> None:
         self.outcomes[number] = outcome
@@ -76,6 +76,8 @@ class Row:
     def __init__(self, job: Job, number: int, branch: Branch) -> None:
         self.job, self.number, self.branch = job, number, branch
         self.index = NOWHERE
+        # All but the last token of an answer have keys.
+        self.most_tokens = len(branch.token_ids) + branch.max_new_tokens - 1
         self.said = Said(job.prefix_tokens + len(branch.token_ids), branch.max_new_tokens)
 
     @property

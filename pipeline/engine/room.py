@@ -8,10 +8,10 @@ finished first.
 from collections.abc import Iterable, Sequence
 
 from pipeline.engine.kv import Shape
-from pipeline.engine.live import Job, Live, Size
+from pipeline.engine.live import Job, Live, Row, Size
 from pipeline.engine.memory import default_kv_budget_bytes, is_out_of_memory, release_cached
 
-WIDTH_STEP = 32
+WIDTH_STEP = 16
 MOST_ROWS = 1024
 """Of one step; more gain nothing."""
 
@@ -24,14 +24,15 @@ class Room:
         self.budget_bytes = budget_bytes or default_kv_budget_bytes(shape.device)
         self._tokens = self.budget_bytes // shape.token_bytes
 
-    def bytes_of(self, job: Job) -> int:
-        """What the widest branch of the job needs, prefix and all."""
-        return sum(_widths([job])) * self._shape.token_bytes
+    def bytes_of(self, row: Row) -> int:
+        """What the row needs, prefix and all."""
+        tokens = _rounded(row.job.prefix_tokens) + _rounded(row.most_tokens)
+        return tokens * self._shape.token_bytes
 
     def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
         """Room for what is at work and what waits, as much as there may be.
 
-        Each job fits the budget alone. Null where the device has no room for a single row.
+        Each row fits the budget alone. Null where the device has no room for a single row.
         """
         if not waiting:
             return live

@@ -76,8 +76,10 @@ class SlotsEngine:
         """
         over = threading.Semaphore(0)
         jobs = [Job(request, over.release) for request in requests]
-        asked = [job for job in jobs if job.waiting]
-        self._queue_up([job for job in asked if self._is_possible(job)])
+        asked = [job for job in jobs if job.request.branches]
+        for job in asked:
+            self._refuse_impossible(job)
+        self._queue_up([job for job in asked if job.waiting])
         for _ in asked:
             over.acquire()
         for job in asked:
@@ -85,21 +87,27 @@ class SlotsEngine:
                 raise job.error
         return [job.settled() for job in jobs]
 
-    def _is_possible(self, job: Job) -> bool:
-        """Whether there can ever be room for the job; else it has its outcomes."""
-        longest = job.prefix_tokens + job.most_own_tokens + 1
-        needed, budget = self._room.bytes_of(job), self._room.budget_bytes
+    def _refuse_impossible(self, job: Job) -> None:
+        """Settle what there can never be room for."""
+        for row in list(job.waiting):
+            if error := self._impossible(row):
+                job.waiting.remove(row)
+                job.settle(row.number, error)
+
+    def _impossible(self, row: Row) -> Outcome | None:
+        longest = row.job.prefix_tokens + row.most_tokens + 1
         if longest > self._context:
-            told = f"prompt and answer may have {longest} tokens, the context {self._context}"
-            job.settle_waiting(
-                PromptTooLong(f"{told}: ask a shorter question or lower max_new_tokens")
+            return PromptTooLong(
+                f"prompt and answer may have {longest} tokens, the context {self._context}: ask a "
+                "shorter question or lower max_new_tokens"
             )
-        elif needed > budget:
-            told = f"keys and values of the row may take {needed:,} bytes, there are {budget:,}"
-            job.settle_waiting(
-                DeviceOutOfMemory(f"{told} in kv_budget_bytes: raise it or lower max_new_tokens")
+        needed, budget = self._room.bytes_of(row), self._room.budget_bytes
+        if needed > budget:
+            return DeviceOutOfMemory(
+                f"keys and values of the row may take {needed:,} bytes, there are {budget:,} in "
+                "kv_budget_bytes: raise it or lower max_new_tokens"
             )
-        return bool(job.waiting)
+        return None
 
     def _queue_up(self, jobs: Sequence[Job]) -> None:
         with self._arrived:
