@@ -36,6 +36,10 @@ from schemas.tables import PREPARED, answered_schema, with_keep
 
 FILES_PER_TASK = 64
 """Shards of a single row (image files) that one read task takes; other shards get a task each."""
+CALLS_AT_ONCE = 2
+"""Batches in one engine: the next one begins while the last answers of one are given."""
+BATCHES_AHEAD = 2
+"""Those that wait at an engine, so that it never does."""
 TICK_S = 0.25
 BUNDLES_AHEAD = 2
 JOIN_S = 10.0
@@ -126,7 +130,12 @@ def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
             fn_constructor_args=("generate", generate, gate, answered.empty_table()),
             batch_size=r.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=r.generate_actors),
+            compute=ray.data.ActorPoolStrategy(
+                size=r.generate_actors,
+                max_tasks_in_flight_per_actor=BATCHES_AHEAD + CALLS_AT_ONCE,
+                max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=r.generate_cpus,
             num_gpus=r.generate_gpus,
         )

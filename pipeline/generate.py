@@ -30,7 +30,7 @@ Prompt = dict[str, Any]
 
 
 class Generate:
-    """PREPARED rows to rows of `answered_schema(keep)`; end marks pass.
+    """PREPARED rows to rows of `answered_schema(keep)`; end marks pass. Calls may overlap.
 
     `threads`: compute threads, where the model runs on the CPU; null leaves torch's own number.
     """
@@ -48,7 +48,7 @@ class Generate:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
-        from pipeline.engine.plain import PlainEngine
+        from pipeline.engine.choose import engine_of
 
         device = device_of(job.model)
         if threads is not None and device.type == "cpu":
@@ -59,11 +59,11 @@ class Generate:
         self._job, self._keep, self._run_id = job, keep, run_id
         self._tokenizer = processor.tokenizer
         self._image_token_id: int = processor.image_token_id
-        self._engine: Engine = PlainEngine(
+        self._engine: Engine = engine_of(
+            job,
             model,
             eos_token_ids=_end_tokens(model, processor),
             table=pixel_table(processor),
-            batch_size=job.resources.generate.batch_size,
         )
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -292,7 +292,13 @@ class GenerateResources(Spec):
             raise ValueError(f"{gpus:g}: Ray shares one GPU or gives whole ones; round it")
         return gpus
 
-    batch_size: int = Field(16, gt=0, description="Images that are answered together.")
+    batch_size: int = Field(16, gt=0, description="Images that are handed over together.")
+    kv_budget_bytes: int | None = Field(
+        None,
+        gt=0,
+        description="Bytes that keys and values of prompts in work may take, on each actor; null: "
+        "four fifths of the GPU's memory that the model leaves, a quarter of a CPU machine's.",
+    )
 
 
 class ResourcesSpec(Spec):

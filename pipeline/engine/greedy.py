@@ -5,15 +5,14 @@ sees neither the padding (mask) nor its width (positions count the row's own tok
 gets the tokens it would get alone. Knows no images: what stands in the columns comes as embeddings.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from pipeline.engine.request import Answer
+from pipeline.engine.said import Said
 from schemas.errors import NonFiniteLogits
 
 if TYPE_CHECKING:
@@ -23,36 +22,13 @@ COMPACT_BELOW = 0.5
 """Finished rows are taken out of the batch when less than this share of it is still running."""
 
 
-@dataclass
 class Row:
     """One prompt on its way: embeddings [tokens, hidden], and what the model has said so far."""
 
-    embeds: torch.Tensor
-    max_new_tokens: int
-    said: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    outcome: Answer | NonFiniteLogits | None = None
-
-    def take(self, token: int, logprob: float, eos: frozenset[int]) -> None:
-        """One more token. A log-probability that is no number is how broken logits show."""
-        if not math.isfinite(logprob):
-            self.outcome = NonFiniteLogits(
-                f"the model's logits were NaN or infinite after {len(self.said)} tokens of the "
-                "answer: try model.dtype float32 or bfloat16"
-            )
-            return
-        self.logprob += logprob
-        n_generated = len(self.said) + 1
-        if token not in eos:
-            self.said.append(token)
-        if token in eos or n_generated >= self.max_new_tokens:
-            self.outcome = Answer(
-                token_ids=tuple(self.said),
-                finish_reason="stop" if token in eos else "length",
-                prompt_tokens=len(self.embeds),
-                output_tokens=n_generated,
-                mean_logprob=self.logprob / n_generated,
-            )
+    def __init__(self, embeds: torch.Tensor, max_new_tokens: int) -> None:
+        self.embeds = embeds
+        self.said = Said(len(embeds), max_new_tokens)
+        self.outcome: Answer | NonFiniteLogits | None = None
 
 
 def left_padded(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +66,7 @@ def decode_rows(
         tokens, step = _choose(logits)
         for row, token, logprob in zip(running, *step, strict=True):
             if row.outcome is None:
-                row.take(int(token), logprob, eos)
+                row.outcome = row.said.take(int(token), logprob, eos=eos)
         alive = [i for i, row in enumerate(running) if row.outcome is None]
         if not alive:
             return

@@ -62,7 +62,7 @@ class Looker:
         n_tokens = list(prefix.token_ids).count(self._model.config.image_token_id)
         n_features = sum(map(len, tensors))
         if n_tokens != n_features:
-            return TokenFeatureMismatch(_mismatch(n_tokens, n_features))
+            return mismatch(n_tokens, n_features)
         return torch.cat(tensors) if tensors else None
 
     def forget(self) -> None:
@@ -138,21 +138,23 @@ def _probe(model: "LlavaForConditionalGeneration", layer: int) -> torch.Tensor:
     return torch.cat(list(found.pooler_output))
 
 
-def _mismatch(n_tokens: int, n_features: int) -> str:
+def mismatch(n_tokens: int, n_features: int) -> TokenFeatureMismatch:
     """The likely culprit of the three, told from the difference."""
-    message = f"the prompt has {n_tokens} image tokens, the model gives {n_features} features: "
     if n_features - n_tokens == 1:
-        return (
-            message + "set num_additional_image_tokens to 1 in processor_config.json, or bring its "
+        remedy = (
+            "set num_additional_image_tokens to 1 in processor_config.json, or bring its "
             "vision_feature_select_strategy in line with config.json"
         )
-    if n_tokens - n_features == 1:
-        return (
-            message + "bring vision_feature_select_strategy of processor_config.json in line with "
+    elif n_tokens - n_features == 1:
+        remedy = (
+            "bring vision_feature_select_strategy of processor_config.json in line with "
             "config.json, or set num_additional_image_tokens to 0"
         )
-    return (
-        message
-        + "check patch_size in processor_config.json against vision_config.patch_size, then "
-        "num_additional_image_tokens and vision_feature_select_strategy"
+    else:
+        remedy = (
+            "check patch_size in processor_config.json against vision_config.patch_size, then "
+            "num_additional_image_tokens and vision_feature_select_strategy"
+        )
+    return TokenFeatureMismatch(
+        f"the prompt has {n_tokens} image tokens, the model gives {n_features} features: {remedy}"
     )

@@ -1,8 +1,7 @@
 """The plain engine: every question a row of its own, answered batch by batch.
 
-It is correct, and simple enough to see that it is. It prefills an image anew for each question and
-a batch waits for its longest answer; the slots engine takes its place behind the same seam
-(`request.Engine`).
+It prefills an image anew for each question, and a batch waits for its longest answer. It is there
+for models that cannot be packed (`choose.py`), through their own forward and transformers' cache.
 """
 
 import threading
@@ -14,9 +13,11 @@ import numpy as np
 import torch
 
 from pipeline.engine.greedy import Row, decode_rows
+from pipeline.engine.look import mismatch
+from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.pixels import normalised
 from pipeline.engine.request import ImagePixels, Outcome, Prefix, Request
-from schemas.errors import DeviceOutOfMemory, GenerateError, TokenFeatureMismatch
+from schemas.errors import DeviceOutOfMemory, GenerateError
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -58,7 +59,7 @@ class PlainEngine:
         self._model = model
         self._eos = frozenset(eos_token_ids)
         self._table = torch.from_numpy(table).to(model.device)
-        self._batch_size = 1 if _rope_depends_on_the_batch(model) else batch_size
+        self._batch_size = batch_size
         self._lock = threading.Lock()
 
     def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
@@ -126,7 +127,7 @@ class PlainEngine:
         n_tokens = branch.token_ids.count(self._model.config.image_token_id)
         n_features = sum(len(feature) for feature in tensors)
         if n_tokens != n_features:
-            return TokenFeatureMismatch(_mismatch(n_tokens, n_features))
+            return mismatch(n_tokens, n_features)
         embeds: torch.Tensor = self._model.get_input_embeddings()(ids)
         if tensors:
             embeds[is_image] = torch.cat(tensors).to(embeds.dtype)
@@ -145,7 +146,7 @@ class PlainEngine:
             if self._fits(batch, run):
                 continue
             if len(batch) == 1:
-                give_up(batch[0], DeviceOutOfMemory(_does_not_fit(self._model.device)))
+                give_up(batch[0], DeviceOutOfMemory(does_not_fit(self._model.device)))
             else:
                 half = (len(batch) + 1) // 2
                 waiting[:0] = [batch[:half], batch[half:]]
@@ -155,12 +156,11 @@ class PlainEngine:
         try:
             run(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             return True
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cached(self._model.device)
         return False
 
 
@@ -172,41 +172,3 @@ def _settled(branch: _Branch) -> Outcome:
     if branch.outcome is None:
         raise RuntimeError(f"a branch of {len(branch.token_ids)} tokens was left without outcome")
     return branch.outcome
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's CPU allocator has no exception class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _rope_depends_on_the_batch(model: "LlavaForConditionalGeneration") -> bool:
-    """RoPE kinds that scale by the longest position in the batch."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in {"dynamic", "longrope"}
-
-
-def _mismatch(n_tokens: int, n_features: int) -> str:
-    """The likely culprit of the three, told from the difference."""
-    message = f"the prompt has {n_tokens} image tokens, the model gives {n_features} features: "
-    if n_features - n_tokens == 1:
-        return (
-            message + "set num_additional_image_tokens to 1 in processor_config.json, or bring its "
-            "vision_feature_select_strategy in line with config.json"
-        )
-    if n_tokens - n_features == 1:
-        return (
-            message + "bring vision_feature_select_strategy of processor_config.json in line with "
-            "config.json, or set num_additional_image_tokens to 0"
-        )
-    return (
-        message
-        + "check patch_size in processor_config.json against vision_config.patch_size, then "
-        "num_additional_image_tokens and vision_feature_select_strategy"
-    )
-
-
-def _does_not_fit(device: torch.device) -> str:
-    return (
-        f"the row alone does not fit the memory of {device}: lower max_new_tokens, or use "
-        "model.dtype bfloat16 or a larger device"
-    )

@@ -1,0 +1,58 @@
+"""Which engine answers for a model: slots where they are exact, else the plain one.
+
+slots   text models whose attention can be given to them as a function
+plain   attention scores that are capped, layers of other kinds, `model.attention:
+        flash_attention_2`; RoPE that depends on the longest prompt of a batch (dynamic,
+        longrope), one prompt after the other
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.engine.request import Engine
+from schemas.job import JobSpec
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+BATCH_ROPES = frozenset({"dynamic", "longrope"})
+SLOT_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+def engine_of(
+    job: JobSpec,
+    model: "LlavaForConditionalGeneration",
+    *,
+    eos_token_ids: Sequence[int],
+    table: np.ndarray,
+) -> Engine:
+    """`table`: of `pixels.pixel_table`."""
+    resources = job.resources.generate
+    if job.model.attention != "flash_attention_2" and can_pack(model):
+        from pipeline.engine.slots import SlotsEngine
+
+        budget = resources.kv_budget_bytes
+        return SlotsEngine(model, eos_token_ids=eos_token_ids, table=table, kv_budget_bytes=budget)
+    from pipeline.engine.plain import PlainEngine
+
+    size = 1 if _rope_depends_on_the_batch(model) else resources.batch_size
+    return PlainEngine(model, eos_token_ids=eos_token_ids, table=table, batch_size=size)
+
+
+def can_pack(model: "LlavaForConditionalGeneration") -> bool:
+    """Whether slots give what the model alone would."""
+    config: Any = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or SLOT_LAYERS)
+    return (
+        kinds <= SLOT_LAYERS
+        and not getattr(config, "attn_logit_softcapping", None)
+        and bool(getattr(model.model.language_model, "_supports_attention_backend", False))
+        and not _rope_depends_on_the_batch(model)
+    )
+
+
+def _rope_depends_on_the_batch(model: "LlavaForConditionalGeneration") -> bool:
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in BATCH_ROPES
