@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -270,6 +271,26 @@ class TestFiles:
         (tmp_path / "a.png").write_bytes(b"123")
         assert one(str(tmp_path / "a.png"), max_image_bytes=3) == b"123"
         assert isinstance(one(str(tmp_path / "a.png"), max_image_bytes=2), ImageTooLarge)
+
+    def test_a_small_file_costs_no_memory_for_the_largest_that_may_be(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(b"123")
+        fetcher = fetcher_of(max_image_bytes=2**30)
+        tracemalloc.start()
+        try:
+            assert list(fetcher.fetch([str(tmp_path / "a.png")] * AHEAD)) == [b"123"] * AHEAD
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 10_000_000
+
+    def test_a_file_that_is_larger_than_it_says_is_read_to_its_end_or_the_limit(self) -> None:
+        """As one that grows while it is read: of those below /proc, no size is known before."""
+        whole = Path("/proc/self/smaps").read_bytes()
+        assert os.stat("/proc/self/smaps").st_size == 0
+        image = one("/proc/self/smaps")
+        assert isinstance(image, bytes)
+        assert abs(len(image) - len(whole)) < len(whole) / 2
+        assert isinstance(one("/proc/self/smaps", max_image_bytes=1000), ImageTooLarge)
 
     def test_what_is_no_regular_file_is_missing(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.png")

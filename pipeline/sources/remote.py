@@ -30,6 +30,8 @@ PASSING_ERRNOS = frozenset(
 """What a local file system may do better later; anything else is wrong with the path."""
 
 PROBE = "lavaflow-probe"
+MORE_BYTES = 2**20
+"""What is read at once of a file that grows."""
 
 
 class TooLarge(Exception):
@@ -119,10 +121,22 @@ async def _read_async(place: Place, *, limit: int) -> bytes:
 
 
 def _read_plain(place: Place, limit: int) -> bytes:
-    if is_local(place.fs) and not stat.S_ISREG(os.stat(place.path).st_mode):
-        raise IsADirectoryError(errno.EISDIR, "no regular file")
+    if is_local(place.fs):
+        return _read_local(place.path, limit)
     with place.fs.open(place.path, "rb") as file:
         return bytes(file.read(limit + 1))
+
+
+def _read_local(path: str, limit: int) -> bytes:
+    """Takes memory for what is there, not for what may be there; it may grow meanwhile."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "no regular file")
+    with open(path, "rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        data = file.read(min(n_bytes, limit) + 1)
+        while n_bytes < len(data) <= limit and (more := file.read(MORE_BYTES)):
+            data += more
+    return data
 
 
 def status_of(error: BaseException) -> int | None:
