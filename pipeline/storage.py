@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +36,11 @@ READERS = 16
 FEW_NAMES = 8
 """More names than these in one brace range are looked up in a listing of their folder."""
 
+PASSING_STATUSES = frozenset({408, 425, 429})
+"""With these a web server says that it may answer later, as with all from 500 on."""
+MODIFIED = ("mtime", "LastModified", "Last-Modified", "created")
+"""What stores call the time of the last change."""
+
 Info = Mapping[str, Any]
 """What fsspec says of a file: `name`, `type`, `size` and whatever the store adds."""
 
@@ -53,24 +59,32 @@ def filesystem(url: str, storage: StorageSpec) -> tuple[fsspec.AbstractFileSyste
 
     Raises SpecError for a protocol that fsspec does not know or whose package is missing.
     """
-    protocol = fsspec.utils.get_protocol(url)
-    options: dict[str, Any] = {}
-    if protocol in {"s3", "s3a"}:
-        # A listing that is remembered hides what other processes have published since.
-        options = {
-            "endpoint_url": storage.endpoint_url,
-            "anon": storage.anon,
-            "profile": storage.profile,
-            "use_listings_cache": False,
-        }
     if url.startswith("/"):
         # A local file's name may hold what fsspec takes for a chain of URLs.
         return LocalFileSystem(), url
     try:
+        protocol = fsspec.utils.get_protocol(url)
+        if protocol in {"s3", "s3a"}:
+            # Imported here: it takes half a second, and most commands need none of it.
+            from pipeline.s3 import s3_filesystem
+
+            s3 = s3_filesystem(storage)
+            return s3, str(s3._strip_protocol(url))
+        options = _web_options(storage) if protocol in {"http", "https"} else {}
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError, OSError) as error:
         raise SpecError(f"{url}: cannot open this kind of URL: {error}") from error
     return fs, str(path)
+
+
+def _web_options(storage: StorageSpec) -> Mapping[str, Any]:
+    import aiohttp
+
+    # Without a limit for the whole: a file may be read for as long as its bytes come.
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=storage.timeout_s, sock_read=storage.timeout_s
+    )
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -93,11 +107,24 @@ def store_errors() -> tuple[type[Exception], ...]:
     return (OSError, *(error for error in found if error is not None))
 
 
+def failure_behind(error: FileNotFoundError) -> BaseException | None:
+    """What has made a store say that a file is not there, if it may be there later.
+
+    fsspec says it of a web server that fails or does not answer, too.
+    """
+    cause = error.__cause__
+    if not isinstance(cause, store_errors()) or isinstance(cause, FileNotFoundError):
+        return None
+    status = getattr(cause, "status", None)
+    is_final = isinstance(status, int) and status < 500 and status not in PASSING_STATUSES
+    return None if is_final else cause
+
+
 def identity_of(info: Info) -> str:
     """The etag where a listing tells it, else size and modification time."""
     if etag := info.get("ETag") or info.get("etag"):
         return str(etag).strip('"')
-    modified = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    modified = next((str(info[name]) for name in MODIFIED if info.get(name)), "")
     return f"{info.get('size')}-{modified}"
 
 
@@ -163,6 +190,8 @@ def _list_path(
     try:
         infos = _infos(fs, inner, suffixes=suffixes, known=known)
     except FileNotFoundError as error:
+        if (failure := failure_behind(error)) is not None:
+            raise SpecError(f"source.path {path!r} cannot be listed: {failure}") from error
         raise SpecError(
             f"source.path {path!r} does not exist; check the spelling and the store"
         ) from error
@@ -190,12 +219,20 @@ def _infos(
 ) -> list[Info]:
     if GLOB_CHARACTERS & set(path) and not fs.exists(path):
         matches = fs.glob(path, detail=True)
-        return [info for info in matches.values() if info["type"] == "file"]
+        return _told(fs, [info for info in matches.values() if info["type"] == "file"])
     info = known.get(path) or fs.info(path)
     if info["type"] != "directory":
-        return [info]
+        return _told(fs, [info])
     below = fs.find(path, detail=True)
-    return [info for name, info in below.items() if has_suffix(name, suffixes)]
+    return _told(fs, [info for name, info in below.items() if has_suffix(name, suffixes)])
+
+
+def _told(fs: fsspec.AbstractFileSystem, infos: list[Info]) -> list[Info]:
+    """With sizes and what else the store knows: the listings of web servers are names alone."""
+    if all(info.get("size") is not None for info in infos):
+        return infos
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(lambda info: fs.info(info["name"]), infos))
 
 
 def has_suffix(name: str, suffixes: Collection[str]) -> bool:

@@ -36,6 +36,12 @@ class StorageSpec(Spec):
     endpoint_url: str | None = Field(None, description="URL of an S3-compatible server.")
     anon: bool = Field(False, description="Read public buckets without credentials.")
     profile: str | None = Field(None, description="Named profile of the AWS credentials file.")
+    timeout_s: float = Field(
+        15.0,
+        gt=0,
+        description="Seconds that a server may stay silent; then the request is lost, and sent "
+        "again on another connection.",
+    )
 
 
 class ColumnsSpec(Spec):

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +84,79 @@ class TestListing:
     def test_an_etag_is_the_identity_where_there_is_one(self) -> None:
         assert identity_of({"ETag": '"abc"', "size": 3, "mtime": 1}) == "abc"
         assert identity_of({"size": 3, "mtime": 1}) == "3-1"
+
+
+class Web(ThreadingHTTPServer):
+    """A web server of a few files, which lists them by name. `status`: of every answer."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WebAnswer)
+        self.files: dict[str, bytes] = {}
+        self.headers: dict[str, str] = {}
+        self.status = 200
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/shards"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+class WebAnswer(BaseHTTPRequestHandler):
+    server: Web
+
+    def do_GET(self) -> None:
+        files = self.server.files
+        links = "".join(f'<a href="{name}">{name}</a>' for name in files)
+        data = links.encode() if self.path == "/shards/" else files.get(Path(self.path).name)
+        self.send_response(404 if data is None else self.server.status)
+        data = data or b""
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    server = Web()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class TestWebListing:
+    @pytest.mark.parametrize("path", ["/*.tar", "/a.tar", "/{a,b,c,d,e,f,g,h,i}.tar"])
+    def test_a_file_is_known_by_its_size_and_what_the_server_says_of_it(
+        self, web: Web, path: str
+    ) -> None:
+        web.files = {f"{name}.tar": b"123" for name in ("abcdefghi" if "{" in path else "a")}
+        web.headers = {"Last-Modified": "Mon, 02 Nov 2026 10:00:00 GMT"}
+        [before, *more] = listed(web.url + path)
+        assert (before.uri, before.size) == (f"{web.url}/a.tar", 3)
+        assert listed(web.url + path) == [before, *more]
+        web.headers = {"Last-Modified": "Mon, 02 Nov 2026 10:00:01 GMT"}
+        [after, *_] = listed(web.url + path)
+        assert after.identity != before.identity
+        web.headers |= {"ETag": '"one"'}
+        assert {file.identity for file in listed(web.url + path)} == {"one"}
+
+    def test_a_server_that_fails_is_not_told_as_a_file_that_is_not_there(self, web: Web) -> None:
+        web.files = {"a.tar": b"123"}
+        web.status = 503
+        with pytest.raises(SpecError, match=r"a.tar' cannot be listed: 503"):
+            listed(f"{web.url}/a.tar")
+        web.status = 404
+        with pytest.raises(SpecError, match=r"a.tar' does not exist"):
+            listed(f"{web.url}/a.tar")
+        with pytest.raises(SpecError, match=r"a.tar' cannot be listed: Cannot connect"):
+            listed("http://127.0.0.1:1/a.tar")
 
 
 class TestListingErrors:

@@ -1,11 +1,15 @@
 import threading
+import time
 import uuid
+from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
 from pipeline.storage import Output, list_files, store_errors
 from schemas.errors import SpecError
 from schemas.job import StorageSpec
+from tests.proxy import Faults, Proxy
 from tests.s3 import S3Server, serve
 
 
@@ -80,6 +84,32 @@ def test_the_identity_of_a_file_changes_when_it_is_replaced(output: Output) -> N
     output.replace("answers/a", b"other")
     assert output.identities("answers", suffix="").keys() == before.keys()
     assert output.identities("answers", suffix="") != before
+
+
+@pytest.mark.parametrize(
+    ("ask", "most_requests"),
+    [
+        (lambda output: output.names("answers", suffix=""), 2),
+        (lambda output: output.publish("a", b"1"), 2),
+        (lambda output: output.remove("a"), 2),
+        (lambda output: output.open("a"), 2),
+        (lambda output: output.fs.cat_file(f"{output.root}/a", start=0, end=9), 6),
+    ],
+    ids=["list", "upload", "remove", "open", "read"],
+)
+def test_a_server_that_takes_requests_and_says_nothing_is_given_up(
+    s3_server: S3Server, ask: Callable[[Output], object], most_requests: int
+) -> None:
+    """What s3fs alone does 25 and 125 times, and waits for without end before an upload."""
+    proxy = Proxy(s3_server.port)
+    proxy.faults = Faults(seed=0, share=1, kinds=("hole",))
+    storage = StorageSpec(endpoint_url=proxy.endpoint_url, timeout_s=0.3)
+    output = Output(s3_server.url("silent"), storage)
+    start = time.monotonic()
+    with closing(proxy), pytest.raises(store_errors(), match="Read timeout on endpoint"):
+        ask(output)
+    assert proxy.faults.happened["hole"] == most_requests
+    assert time.monotonic() - start < 0.3 * most_requests + 3
 
 
 @pytest.mark.slow
