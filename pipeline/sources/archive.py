@@ -16,28 +16,26 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from pipeline.storage import filesystem, store_errors
-from schemas.errors import ShardUnreadable, StoreUnavailable
+from pipeline.sources.opened import open_file
+from schemas.errors import ShardUnreadable
 from schemas.job import StorageSpec
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BUFFER_BYTES = 2**20
 ZSTD_READ_BYTES = 2**14
-BROKEN_OR_FORBIDDEN = (
+BROKEN = (
     gzip.BadGzipFile,
     tarfile.TarError,
     EOFError,
     zlib.error,
     lzma.LZMAError,
-    PermissionError,
-    IsADirectoryError,
     # Headers that chain without end, or that claim a size that nothing has.
     RecursionError,
     MemoryError,
     OverflowError,
 )
-"""What no second try would mend. Caught before a store's errors: some of these are OSErrors."""
+"""What a damaged archive raises."""
 
 # Not in the type stubs: what tarfile raises at the end mark, and where no byte is left.
 _END_MARK: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
@@ -97,22 +95,17 @@ def open_archive(uri: str, storage: StorageSpec) -> Iterator[Archive]:
     """
     archive: Archive | None = None
     try:
-        fs, path = filesystem(uri, storage)
-        with fs.open(path, "rb") as file:
+        with open_file(uri, storage) as file:
             stream = _decompressed(file)
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader) as tar:
                 archive = Archive(tar)
                 yield archive
-    except FileNotFoundError as error:
-        raise ShardUnreadable(f"{uri}: the file is gone since it was listed") from error
-    except BROKEN_OR_FORBIDDEN as error:
+    except BROKEN as error:
         place = f"at or after byte {archive.offset}" if archive else "at its start"
         raise ShardUnreadable(f"{uri}: the archive breaks off {place}: {error}") from error
-    except store_errors() as error:
-        raise StoreUnavailable(f"{uri}: the store failed while it was read: {error}") from error
 
 
-def _decompressed(file: Any) -> io.BufferedIOBase:
+def _decompressed(file: io.RawIOBase) -> io.BufferedIOBase:
     """The bytes inside gzip or zstd.
 
     tarfile's own reader checks no checksum, stops after one gzip member, and may know no zstd.
@@ -140,9 +133,7 @@ class _Zstd(io.RawIOBase):
             # What is asked for together is lost together where the stream breaks.
             data = self._stream.read(min(len(buffer), ZSTD_READ_BYTES))
         except OSError as error:
-            # Arrow's own errors are bare OSErrors; those of the store pass through it unchanged.
-            if str(error).startswith(("ZSTD", "Truncated compressed stream")):
-                raise tarfile.ReadError(str(error)) from error
-            raise
+            # Those of the store are none.
+            raise tarfile.ReadError(str(error)) from error
         buffer[: len(data)] = data
         return len(data)

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pipeline.sources.archive import BUFFER_BYTES, GZIP_MAGIC
-from pipeline.sources.remote import PASSING_STATUSES
+from pipeline.sources.opened import open_file
 from pipeline.sources.uris import shown
-from pipeline.storage import filesystem, store_errors
-from schemas.errors import ShardUnreadable, StoreUnavailable
+from schemas.errors import ShardUnreadable
 from schemas.job import StorageSpec
 
 MOST_ROW_BYTES = 16 * 2**20
@@ -32,8 +31,8 @@ MOST_ROW_BYTES = 16 * 2**20
 HEADER = ("data_type", "data_subtype")
 """What VQA says of all rows."""
 
-BROKEN = (gzip.BadGzipFile, EOFError, zlib.error, PermissionError, IsADirectoryError)
-"""What no second try would mend. Caught before a store's errors: some of these are OSErrors."""
+BROKEN = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What a damaged file raises."""
 
 Layout = Literal["lines", "list", "questions", "annotations"]
 
@@ -94,41 +93,18 @@ def open_rows(uri: str, storage: StorageSpec) -> Iterator[RowFile]:
     Raises, from inside the `with` block too, ShardUnreadable where the file is broken, gone or
     forbidden, and StoreUnavailable where the store fails.
     """
-    name = shown(uri)
     try:
         with _stream(uri, storage) as stream:
             layout = _layout(JsonText(stream))
         with _stream(uri, storage) as stream:
             yield RowFile(layout, stream)
-    except FileNotFoundError as error:
-        # fsspec says it of a web server that does not answer, too.
-        if (failure := _failure_behind(error)) is not None:
-            raise _unavailable(name, failure) from error
-        raise ShardUnreadable(f"{name}: the file is gone since it was listed") from error
     except (NoRow, *BROKEN) as error:
-        raise ShardUnreadable(f"{name}: cannot be read on: {error}") from error
-    except store_errors() as error:
-        raise _unavailable(name, error) from error
-
-
-def _failure_behind(error: FileNotFoundError) -> BaseException | None:
-    """What has made a store say that a file is not there, if it may be there later."""
-    cause = error.__cause__
-    if not isinstance(cause, store_errors()) or isinstance(cause, FileNotFoundError):
-        return None
-    status = getattr(cause, "status", None)
-    is_final = isinstance(status, int) and status < 500 and status not in PASSING_STATUSES
-    return None if is_final else cause
-
-
-def _unavailable(name: str, error: BaseException) -> StoreUnavailable:
-    return StoreUnavailable(f"{name}: the store failed while it was read: {error}")
+        raise ShardUnreadable(f"{shown(uri)}: cannot be read on: {error}") from error
 
 
 @contextmanager
 def _stream(uri: str, storage: StorageSpec) -> Iterator[io.BufferedIOBase]:
-    fs, path = filesystem(uri, storage)
-    with fs.open(path, "rb") as file:
+    with open_file(uri, storage) as file:
         stream = io.BufferedReader(file, BUFFER_BYTES)
         is_gzip = stream.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC
         yield gzip.GzipFile(fileobj=stream, mode="rb") if is_gzip else stream

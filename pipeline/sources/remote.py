@@ -16,14 +16,13 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.sources.uris import below, folder_of, is_data, is_web, shown
-from pipeline.storage import filesystem, is_local, store_errors
+from pipeline.storage import PASSING_STATUSES, filesystem, is_local, store_errors
 from schemas.errors import ImageMissing, ImageTooLarge, ImageUnreachable, RowError, SpecError
 from schemas.job import StorageSpec
 
 NOT_THERE = frozenset({404, 410})
 FORBIDDEN = frozenset({401, 403})
 NO_SUCH_RANGE = 416
-PASSING_STATUSES = frozenset({408, 425, 429})
 PASSING_ERRNOS = frozenset(
     {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY}
 )

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.sources.columns import plain
-from pipeline.storage import filesystem, store_errors
-from schemas.errors import ShardUnreadable, StoreUnavailable
+from pipeline.sources.opened import ShardFile, open_file
+from schemas.errors import RowError, ShardUnreadable, StoreUnavailable
 from schemas.job import StorageSpec
 
 BUFFER_BYTES = 4 * 2**20
@@ -29,7 +29,7 @@ MOST_BATCH_ROWS = 64
 """Few: a writer may have stored equal images once, and then sizes tell nothing."""
 
 BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError)
-"""What pyarrow raises on bytes that are not what they should be; some are a store's errors too."""
+"""What pyarrow raises on bytes that are not what they should be, or makes of a store's failure."""
 
 
 class GroupBroken(Exception):
@@ -39,7 +39,7 @@ class GroupBroken(Exception):
 class RowGroups:
     """An open Parquet file. `rows`: of the whole file. `ranges`: [start, stop) of each group."""
 
-    def __init__(self, uri: str, file: "_Watched") -> None:
+    def __init__(self, uri: str, file: ShardFile) -> None:
         self._uri, self._file = uri, file
         try:
             self._parquet = pq.ParquetFile(
@@ -51,7 +51,8 @@ class RowGroups:
             self.schema: pa.Schema = self._parquet.schema_arrow
             sizes = _group_sizes(self._parquet.metadata)
         except BROKEN as error:
-            self._raise_store_failure()
+            if file.failure is not None:
+                raise file.failure from error
             raise ShardUnreadable(
                 f"{uri}: is no whole Parquet file: {_reason(error)}; write the file again and "
                 "rerun the job"
@@ -72,8 +73,8 @@ class RowGroups:
                 for batch in self._read(number, columns, most=most, after=done):
                     done += batch.num_rows
                     yield batch
-            except BROKEN as error:
-                self._raise_store_failure()
+            except (RowError, *BROKEN) as error:
+                self._raise_failure()
                 reason = _reason(error)
             if done == stop - start:
                 return
@@ -100,11 +101,10 @@ class RowGroups:
         rows: int = BATCH_BYTES * (stop - start) // max(n_bytes, 1)
         return min(max(rows, 1), MOST_BATCH_ROWS)
 
-    def _raise_store_failure(self) -> None:
+    def _raise_failure(self) -> None:
+        # A file that is gone by now, too: who opens it again will find that no row is there.
         if self._file.failure is not None:
-            raise StoreUnavailable(
-                f"{self._uri}: the store failed while it was read: {self._file.failure}"
-            ) from self._file.failure
+            raise StoreUnavailable(str(self._file.failure)) from self._file.failure
 
 
 @contextmanager
@@ -112,65 +112,9 @@ def open_row_groups(uri: str, storage: StorageSpec) -> Iterator[RowGroups]:
     """Raises ShardUnreadable for what is no Parquet file, is gone or forbidden, and
     StoreUnavailable where the store fails.
     """
-    try:
-        fs, path = filesystem(uri, storage)
-        # Arrow buffers by itself; a cache of one range would be thrown away at each column.
-        file = fs.open(path, "rb", cache_type="none")
-    except FileNotFoundError as error:
-        raise ShardUnreadable(f"{uri}: the file is gone since it was listed") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise ShardUnreadable(f"{uri}: the file cannot be read: {error}") from error
-    except store_errors() as error:
-        raise StoreUnavailable(f"{uri}: the store failed while it was opened: {error}") from error
-    with file:
-        yield RowGroups(uri, _Watched(file))
-
-
-class _Watched:
-    """A file that remembers the store's failure, which pyarrow would pass on as one of its own."""
-
-    def __init__(self, file: Any) -> None:
-        self.failure: Exception | None = None
-        self._file = file
-        self._size: int | None = None
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
-
-    def close(self) -> None:
-        """Left to whoever has opened the file."""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = int(self._file.seek(offset, whence))
-        if whence == 2 and offset == 0:
-            self._size = at
-        return at
-
-    def read(self, n: int = -1) -> bytes:
-        at = self.tell()
-        try:
-            data: bytes = self._file.read(n)
-            if self._size is not None and len(data) < min(n, self._size - at):
-                raise OSError(f"{len(data)} bytes came instead of {n}")
-        except _read_errors() as error:
-            self.failure = error
-            raise
-        return data
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    """What a store raises; a web server that gives no ranges is a ValueError."""
-    return (*store_errors(), ValueError)
+    # Arrow buffers by itself; a cache of one range would be thrown away at each column.
+    with open_file(uri, storage, cache="none") as file:
+        yield RowGroups(uri, file)
 
 
 def _group_sizes(metadata: Any) -> list[int]:
