@@ -252,6 +252,13 @@ class TestWeb:
         error = one(f"{root}/x.png", image_root=root, image_timeout_s=0.1)
         assert isinstance(error, ImageUnreachable)
 
+    def test_a_store_that_answers_all_but_images_is_unavailable(self, web: Web) -> None:
+        """As where a network loses large packets and lets small ones through."""
+        root = web.url("hangpng")
+        uris = [f"{root}/{n}.png" for n in range(10)]
+        with pytest.raises(StoreUnavailable, match="none of 10 images in a row was answered"):
+            list(fetcher_of(image_root=root, image_timeout_s=0.1).fetch(uris))
+
     def test_closing_ends_what_is_under_way(self, web: Web) -> None:
         fetching = fetcher_of().fetch([web.url("a"), *[web.url("hang/closed")] * 4])
         start = time.monotonic()

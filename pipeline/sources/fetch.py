@@ -5,7 +5,8 @@ RowError, after some tries. A store that cannot be reached at all is StoreUnavai
 nothing is recorded of images that are there:
 
     the job's own store     any but the web, and the hosts of source.path and source.image_root:
-                            an image that no try has brought counts if its store answers at all
+                            an image that no try has brought counts if its store answers at all,
+                            and does not fall silent or break off at all images around it, too
     servers that rows name  may be gone for good: an image counts if any around it was answered
 
 Requests run on fsspec's event loop, where one that takes too long can be ended, whatever its
@@ -150,8 +151,11 @@ class Fetcher:
             outcome = await self._tried(place, tries=OWN_TRIES if is_own else OTHER_TRIES)
         except remote.errors() as error:
             outcome = remote.verdict(place, error, limit=limit)
-            if remote.may_pass(place, error) and not await self._is_up(place, error, is_own=is_own):
-                return _Lost(host, outcome, is_own)
+            if remote.may_pass(place, error):
+                if not await self._is_up(place, error, is_own=is_own):
+                    return _Lost(host, outcome, is_own)
+                if remote.status_of(error) is None:
+                    return _Lost(host, outcome, is_own=False)
         self._answered.add(host)
         return outcome
 
@@ -166,8 +170,9 @@ class Fetcher:
         return data
 
     async def _try(self, place: Place) -> bytes:
-        reading = remote.read(place, limit=self._spec.max_image_bytes, threads=self._threads)
-        return await asyncio.wait_for(reading, self._spec.image_timeout_s)
+        # Not `wait_for`, whose own task tells on stderr what it raises after a cancellation.
+        async with asyncio.timeout(self._spec.image_timeout_s):
+            return await remote.read(place, limit=self._spec.max_image_bytes, threads=self._threads)
 
     async def _is_up(self, place: Place, error: Exception, *, is_own: bool) -> bool:
         """Whether the server of a lost image answers at all.
