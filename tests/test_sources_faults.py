@@ -1,0 +1,159 @@
+"""Every source over a real S3 server whose connections are cut, slowed and black-holed at random.
+
+`make soak` has whole jobs of every format; here one of them, and what each source reads.
+"""
+
+import contextlib
+import random
+import uuid
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline.coverage import Ranges
+from pipeline.sources import open_source
+from pipeline.sources.base import Sample, Shard, Source
+from pipeline.sources.fetch import Unfetched
+from schemas.errors import StoreUnavailable
+from schemas.job import SourceSpec, StorageSpec
+from tests.formats import KINDS, source_of, write_sources
+from tests.proxy import Faults, Proxy
+from tests.s3 import S3Server
+from tests.scenes import s3_of
+
+TIMEOUT_S = 0.3
+IMAGES = 36
+FAULTS = 8
+MOST_SHARDS = 16
+"""Of the 37 of `images`."""
+MOST_PASSES = 30
+
+Row = tuple[object, ...]
+
+
+@pytest.fixture(scope="module")
+def place(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sources of noise on the server: images of 1 KB to 4 MB."""
+    folder = tmp_path_factory.mktemp("sources")
+    rng = random.Random(0)
+    write_sources(folder, [rng.randbytes(int(10 ** rng.uniform(3, 6.6))) for _ in range(IMAGES)])
+    place = s3_server.url(uuid.uuid4().hex)
+    s3_of(s3_server).put(str(folder), place, recursive=True)
+    return place
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[Proxy]:
+    proxy = Proxy(s3_server.port)
+    yield proxy
+    proxy.close()
+
+
+def source_at(endpoint_url: str, kind: str, place: str, *, fetches: bool = True) -> Source:
+    storage = StorageSpec(endpoint_url=endpoint_url, timeout_s=TIMEOUT_S)
+    keys = source_of(kind, place, storage=storage, image_timeout_s=2 * TIMEOUT_S)
+    spec = SourceSpec.model_validate(keys)
+    keep = open_source(spec).keep_types()
+    return open_source(spec, keep=keep, fetcher=None if fetches else Unfetched(spec))
+
+
+def seen(sample: Sample) -> Row:
+    """A sample, its errors by what they say."""
+    errors = (sample.error, sample.image_error)
+    texts = [repr(sample.questions), repr(sample.keep)]
+    said = [error and f"{type(error).__name__}: {error}" for error in errors]
+    return (sample.sample_id, sample.image, *texts, *said)
+
+
+@dataclass
+class Reading:
+    """What was read of a shard, pass by pass, as a run does; `rows_total` once its end was."""
+
+    source: Source
+    shard: Shard
+    rows: dict[int, Row] = field(default_factory=dict)
+    rows_total: int | None = None
+
+    def go_on(self) -> None:
+        """The rows that are missing, to the end or to where the store fails."""
+        samples = self.source.read(self.shard, skip=Ranges.of([(i, i + 1) for i in self.rows]))
+        with contextlib.suppress(StoreUnavailable):
+            self.rows_total = yield_into(self.rows, samples)
+
+
+def yield_into(rows: dict[int, Row], samples: Generator[Sample, None, int]) -> int:
+    """Read to the end; raises StoreUnavailable."""
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration as end:
+            return int(end.value)
+        assert sample.index not in rows
+        rows[sample.index] = seen(sample)
+
+
+def read_to_the_end(readings: list[Reading]) -> Mapping[str, tuple[dict[int, Row], int | None]]:
+    """The rows of each shard, and how many it says there are, in as many passes as it takes."""
+    for _ in range(MOST_PASSES):
+        for reading in readings:
+            if reading.rows_total is None:
+                reading.go_on()
+    return {reading.shard.uri: (reading.rows, reading.rows_total) for reading in readings}
+
+
+def readings_of(source: Source) -> list[Reading]:
+    return [Reading(source, shard) for shard in source.list()[:MOST_SHARDS]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_through_a_storm_is_what_is_there(
+    s3_server: S3Server, proxy: Proxy, place: str, kind: str
+) -> None:
+    calm = read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place)))
+    source = source_at(proxy.endpoint_url, kind, place)
+    shards = [reading.shard for reading in readings_of(source)]
+    proxy.faults = Faults(seed=1, share=0.3, slow_s=TIMEOUT_S)
+    while proxy.faults.happened.total() < FAULTS:
+        stormy = read_to_the_end([Reading(source, shard) for shard in shards])
+        assert stormy == calm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_falls_silent_fails_no_row_and_is_read_on_when_it_is_back(
+    s3_server: S3Server, proxy: Proxy, place: str, kind: str
+) -> None:
+    calm = read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place))[:2])
+    first, second = readings_of(source_at(proxy.endpoint_url, kind, place))[:2]
+    under_way = first.source.read(first.shard, skip=Ranges())
+    if kind in {"webdataset", "parquet"}:
+        sample = next(under_way)
+        first.rows[sample.index] = seen(sample)
+    proxy.faults = Faults(seed=1, share=1, kinds=("hole",))
+    with pytest.raises(StoreUnavailable):
+        yield_into(first.rows, under_way)
+    second.go_on()
+    assert not second.rows
+    proxy.faults = None
+    assert read_to_the_end([first, second]) == calm
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("webdataset", 2 * 2**20), ("parquet", 2 * 2**20), ("manifest", 1500)]
+)
+def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
+    s3_server: S3Server, proxy: Proxy, place: str, kind: str, most: int
+) -> None:
+    """Where nearly all break off behind their head, no retry hides what a file looks like then."""
+    calm = read_to_the_end(
+        readings_of(source_at(s3_server.endpoint_url, kind, place, fetches=False))
+    )
+    readings = readings_of(source_at(proxy.endpoint_url, kind, place, fetches=False))
+    kinds = ("cut", "reset")
+    proxy.faults = Faults(seed=1, share=0.9, kinds=kinds, between_bytes=(500, most))
+    for reading in readings:
+        reading.go_on()
+        rows, rows_total = calm[reading.shard.uri]
+        assert reading.rows.items() <= rows.items()
+        assert reading.rows_total in {rows_total, None}
+    assert any(reading.rows_total is None for reading in readings)
