@@ -37,6 +37,7 @@ from tests.scenes import (
     scene,
     wait_for_answers,
 )
+from tests.storms import Storm, storms
 from tests.watch import Watch, watching
 
 Figures = dict[str, Any]
@@ -331,6 +332,9 @@ SCENARIOS: dict[str, Callable[[Path, int], Figures]] = {
     "store": lambda folder, seed: with_server(store_failures, folder, rounds=4, seed=seed),
     "store-gone": lambda folder, seed: with_server(
         store_failures, folder, rounds=1, outage=LONG, seed=seed
+    ),
+    "storms": lambda folder, seed: with_server(
+        storms, folder, images=300, storm=Storm(share=0.15, timeout_s=2, silence_s=15, seed=seed)
     ),
     "duels": lambda folder, seed: duels(folder, times=20, seed=seed),
     "duels-s3": lambda folder, seed: with_server(duels, folder, times=20, seed=seed),

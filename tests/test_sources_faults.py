@@ -8,6 +8,7 @@ import random
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.formats import KINDS, source_of, write_sources
 from tests.proxy import Faults, Proxy
 from tests.s3 import S3Server
 from tests.scenes import s3_of
+from tests.storms import Storm, storms
 
 TIMEOUT_S = 0.3
 IMAGES = 36
@@ -157,3 +159,16 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
         assert reading.rows.items() <= rows.items()
         assert reading.rows_total in {rows_total, None}
     assert any(reading.rows_total is None for reading in readings)
+
+
+@pytest.mark.slow
+def test_a_job_through_a_storm_has_the_table_that_it_has_in_calm(
+    tmp_path: Path, s3_server: S3Server
+) -> None:
+    storm = Storm(share=0.2, timeout_s=1.0)
+    figures = storms(tmp_path, s3_server, images=9, storm=storm, kinds=["parquet-uris"])
+    assert figures["faults"] == []
+    [job] = figures["jobs"].values()
+    assert sum(job["hit"].values()) > 5
+    assert job["runs"][-1] == "complete"
+    assert (job["ok"], job["failed"]) == (18, 6)
