@@ -3,6 +3,7 @@
 Looks at the first image of a few shards, through the same reading and decoding as the job itself.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from PIL import Image
@@ -13,7 +14,7 @@ from pipeline.embedded.domain import SIDE_PX, is_coloured_shape
 from pipeline.engine.pixels import Resize
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
-from schemas.errors import DecodeError
+from schemas.errors import DecodeError, SpecError, StoreUnavailable
 from schemas.job import EMBEDDED, JobSpec
 
 SHARDS_LOOKED_AT = 8
@@ -40,9 +41,12 @@ def warning_of(job: JobSpec, work: Sequence[ShardWork]) -> str | None:
     step = max(1, len(work) // SHARDS_LOOKED_AT)
     with Decoder(settings_of(job, SMALL)) as decoder:
         for item in work[::step][:SHARDS_LOOKED_AT]:
-            samples = source.read(item.shard, skip=Ranges())
-            sample = next(samples, None)
-            samples.close()
+            try:
+                with contextlib.closing(source.read(item.shard, skip=Ranges())) as samples:
+                    sample = next(samples, None)
+            except (StoreUnavailable, SpecError):
+                # The run itself is more patient with the store than a warning is worth.
+                return None
             if sample is None or sample.image is None:
                 continue
             try:

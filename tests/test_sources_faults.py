@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.coverage import Ranges
+from jobs.domain import warning_of
+from pipeline.coverage import Ranges, ShardCoverage
+from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Sample, Shard, Source
 from pipeline.sources.fetch import Unfetched
@@ -23,6 +25,7 @@ from tests.proxy import Faults, Proxy
 from tests.s3 import S3Server
 from tests.scenes import s3_of
 from tests.storms import Storm, storms
+from tests.whole_jobs import job_of
 
 TIMEOUT_S = 0.3
 IMAGES = 36
@@ -159,6 +162,18 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
         assert reading.rows.items() <= rows.items()
         assert reading.rows_total in {rows_total, None}
     assert any(reading.rows_total is None for reading in readings)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_look_at_the_first_images_does_not_end_a_run(
+    s3_server: S3Server, proxy: Proxy, place: str, kind: str
+) -> None:
+    storage = StorageSpec(endpoint_url=proxy.endpoint_url, timeout_s=TIMEOUT_S)
+    job = job_of("in", "out", source=source_of(kind, place, storage=storage))
+    shards = open_source(job.source).list()
+    work = [ShardWork(shard, ShardCoverage(shard.uri, shard.identity)) for shard in shards]
+    proxy.faults = Faults(seed=1, share=1, kinds=("hole",))
+    assert warning_of(job, work) is None
 
 
 @pytest.mark.slow
