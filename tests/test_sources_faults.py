@@ -5,9 +5,11 @@
 
 import contextlib
 import random
+import threading
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,48 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
         assert reading.rows.items() <= rows.items()
         assert reading.rows_total in {rows_total, None}
     assert any(reading.rows_total is None for reading in readings)
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """Answers every request with the status that its path names."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[1]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def refusing_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def read_at(url: str, format_: str) -> Reading:
+    source = open_source(SourceSpec.model_validate({"format": format_, "path": url}), keep={})
+    reading = Reading(source, Shard(url, "x"))
+    reading.go_on()
+    return reading
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+def test_a_web_server_that_fails_or_is_gone_has_not_lost_its_files(
+    refusing_url: str, format_: str
+) -> None:
+    """fsspec says of all of these that there is no such file."""
+    for url in (f"{refusing_url}/503/a", "http://127.0.0.1:1/a"):
+        reading = read_at(url, format_)
+        assert (reading.rows, reading.rows_total) == ({}, None), url
+    reading = read_at(f"{refusing_url}/404/a", format_)
+    assert reading.rows_total == 1
+    assert "gone since it was listed" in str(reading.rows[0])
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
