@@ -65,7 +65,7 @@ class Known:
         self.cases = cases_of(IMAGES, QUESTIONS)
         self.expected = [alone(self.model, processor, case) for case in self.cases]
 
-    def engine(self, *, slots: float = 32.0, model: Any = None) -> SlotsEngine:
+    def engine(self, *, slots: float = 32.0, model: Any = None, eager: bool = False) -> SlotsEngine:
         """With a budget for about so many prompts."""
         model = copy.deepcopy(self.model) if model is None else model
         shape = shape_of(model.config.get_text_config(), dtype=model.dtype, device=model.device)
@@ -74,6 +74,7 @@ class Known:
             eos_token_ids=EOS,
             table=pixel_table(self.processor),
             kv_budget_bytes=int(slots * 96 * shape.token_bytes),
+            eager=eager,
         )
 
     def requests(self, groups: Sequence[Sequence[int]]) -> list[Request]:
@@ -109,6 +110,11 @@ def test_tokens_and_logprobs_equal_generate_on_each_prompt_alone(known: Known, s
     rng = random.Random(slots)
     known.check(known.engine(slots=slots), groups_of([1] * 10, rng))
     known.check(known.engine(slots=slots), groups_of([12, 1, 5, 2, 1, 7, 3], rng))
+
+
+def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
+    groups = groups_of([6, 1, 3, 1, 2], random.Random(0))
+    known.check(known.engine(slots=8, eager=True), groups)
 
 
 @settings(max_examples=12, deadline=None)

@@ -18,12 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 _NUMBERS = itertools.count()
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
 
 @dataclass(frozen=True)
 class Asked:
     """What a layer asks: `query` [heads, tokens, dim], `key` and `value` [kv_heads, tokens, dim].
 
-    `window`: so many of the latest positions are seen, its own included; null for all.
+    `window`: so many of the latest positions are seen, its own included; null for all. `eager`: in
+    parts by matrix products, and not by a kernel that tells its sums.
     """
 
     layer: int
@@ -32,6 +36,7 @@ class Asked:
     value: torch.Tensor
     scale: float
     window: int | None
+    eager: bool
 
     @property
     def kv_heads(self) -> int:
@@ -51,9 +56,10 @@ class Pass(Protocol):
 
 
 class SlotAttention:
-    """An attention function under a name of its own, for one model."""
+    """An attention function under a name of its own, for one model; `eager`: as in Asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, eager: bool = False) -> None:
+        self._eager = eager
         self.name = f"lavaflow_slots_{next(_NUMBERS)}"
         self.current: Pass | None = None
         AttentionInterface.register(self.name, self._attend)
@@ -73,7 +79,9 @@ class SlotAttention:
     ) -> tuple[torch.Tensor, None]:
         assert self.current is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        asked = Asked(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+        # Of the kernels that tell their sums, only the CPU's has been tried out.
+        eager = self._eager or query.device.type != "cpu"
+        asked = Asked(module.layer_idx, query[0], key[0], value[0], scale, sliding_window, eager)
         return self.current.attend(asked)[None], None
 
 
@@ -89,36 +97,41 @@ class Part:
     lse: torch.Tensor
 
 
-def attend_part(
-    query: torch.Tensor,
-    keys: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    *,
-    scale: float,
-) -> Part:
-    """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim], plus `bias`.
+@dataclass(frozen=True)
+class Bias:
+    """What hides keys.
 
-    Where `bias` hides every key, `lse` is minus infinity and `out` of no meaning.
+    `added` [..., queries, keys]: zero or minus infinity. `hidden` [..., queries]: whether all are.
     """
-    part = _attended(query, *keys, bias, scale)
-    if bias is None or bias.shape[-2] == 1:
+
+    added: torch.Tensor
+    hidden: torch.Tensor
+
+
+def attend_part(asked: Asked, query: torch.Tensor, keys: Pair, bias: Bias | None) -> Part:
+    """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
+
+    Where every key is hidden, `lse` is minus infinity and `out` of no meaning.
+    """
+    attended = _by_products if asked.eager else _by_flash
+    part = attended(query, keys, None if bias is None else bias.added, scale=asked.scale)
+    if bias is None:
         return part
-    is_hidden = bias.amax(-1) == float("-inf")
-    return Part(part.out, part.lse.masked_fill(is_hidden, float("-inf")))
+    return Part(part.out, part.lse.masked_fill(bias.hidden, float("-inf")))
 
 
-def _attended(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> Part:
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=bias, scale=scale
+def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float) -> Part:
+    return Part(
+        *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, *keys, attn_mask=bias, scale=scale
         )
-        return Part(out, lse)
+    )
+
+
+def _by_products(
+    query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
+) -> Part:
+    key, value = keys
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
     if bias is not None:
         scores = scores + bias
@@ -156,7 +169,7 @@ def is_seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Zero where a key is seen, else minus infinity."""
+def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> Bias:
+    """From which keys are seen [..., queries, keys]."""
     zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, float("-inf"))
+    return Bias(zeros.masked_fill_(~seen, float("-inf")), ~seen.any(-1))

@@ -33,8 +33,13 @@ def engine_of(
     if job.model.attention != "flash_attention_2" and can_pack(model):
         from pipeline.engine.slots import SlotsEngine
 
-        budget = resources.kv_budget_bytes
-        return SlotsEngine(model, eos_token_ids=eos_token_ids, table=table, kv_budget_bytes=budget)
+        return SlotsEngine(
+            model,
+            eos_token_ids=eos_token_ids,
+            table=table,
+            kv_budget_bytes=resources.kv_budget_bytes,
+            eager=job.model.attention == "eager",
+        )
     from pipeline.engine.plain import PlainEngine
 
     size = 1 if _rope_depends_on_the_batch(model) else resources.batch_size

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Language:
-    """The text model of a LLaVA, and its choice of the next token."""
+    """The text model of a LLaVA, and its choice of the next token; `eager`: as in `Asked`."""
 
-    def __init__(self, model: "LlavaForConditionalGeneration") -> None:
+    def __init__(self, model: "LlavaForConditionalGeneration", *, eager: bool) -> None:
         self._model: Any = model
-        self._attention = SlotAttention()
+        self._attention = SlotAttention(eager=eager)
         model.set_attn_implementation({"text_config": self._attention.name})
         self.device: torch.device = model.device
 

@@ -11,6 +11,8 @@ import torch
 
 from pipeline.engine.attention import (
     Asked,
+    Bias,
+    Pair,
     Part,
     attend_causally,
     attend_part,
@@ -19,9 +21,6 @@ from pipeline.engine.attention import (
     joined,
 )
 from pipeline.engine.kv import KVArena
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,12 @@ class _Prompt:
             .reshape(n, kv_heads, longest * group, dim)
         )
         own = own[0].transpose(0, 1), own[1].transpose(0, 1)
-        over_own = attend_part(query, own, self._own_bias(asked), scale=asked.scale)
+        over_own = attend_part(asked, query, own, self._own_bias(asked))
         over_prefix = attend_part(
+            asked,
             query.transpose(0, 1).reshape(1, kv_heads, n * longest * group, dim),
             (prefix[0][None], prefix[1][None]),
             self._prefix_bias(asked),
-            scale=asked.scale,
         )
         over_prefix = Part(
             over_prefix.out.reshape(kv_heads, n, longest * group, dim).transpose(0, 1),
@@ -119,21 +118,22 @@ class _Prompt:
             .reshape(n, longest, heads, dim)
         )
 
-    def _own_bias(self, asked: Asked) -> torch.Tensor:
+    def _own_bias(self, asked: Asked) -> Bias:
         """[1, 1, longest * group, longest]: causal, and within the window."""
         places = torch.arange(self._longest, device=asked.query.device)
         seen = is_seen(places[:, None] - places[None, :], asked.window)
-        return bias_of(seen, asked.query.dtype).repeat_interleave(asked.group, 0)[None, None]
+        return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
 
-    def _prefix_bias(self, asked: Asked) -> torch.Tensor | None:
+    def _prefix_bias(self, asked: Asked) -> Bias | None:
         """[1, 1, questions * longest * group, prefix]; null where all of the prefix is seen."""
         tokens = self._part.prefix_tokens
         if asked.window is None or tokens + self._longest <= asked.window:
             return None
         looking = tokens + torch.arange(self._longest, device=asked.query.device)
         looked_at = torch.arange(tokens, device=asked.query.device)
-        bias = bias_of(is_seen(looking[:, None] - looked_at, asked.window), asked.query.dtype)
-        return bias.repeat_interleave(asked.group, 0).repeat(self._count, 1)[None, None]
+        seen = is_seen(looking[:, None] - looked_at, asked.window)
+        seen = seen.repeat_interleave(asked.group, 0).repeat(self._count, 1)
+        return bias_of(seen[None, None], asked.query.dtype)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Decode:
     longest_prefix: int
     longest_own: int
     grid: Grid | None
-    _biases: dict[int | None, Pair] = field(default_factory=dict)
+    _biases: dict[int | None, tuple[Bias, Bias]] = field(default_factory=dict)
     """Made once for all layers with the same window: of the prefixes, and of the rows' own."""
 
     def attend(self, asked: Asked) -> torch.Tensor:
@@ -175,14 +175,14 @@ class Decode:
         shared_bias, own_bias = self._biases[asked.window]
         # [rows, kv_heads, group, dim]
         query = asked.query.transpose(0, 1).reshape(rows, asked.kv_heads, asked.group, dim)
-        over_own = attend_part(query, own, own_bias, scale=asked.scale)
+        over_own = attend_part(asked, query, own, own_bias)
         keys, values = self.prefixes.layer(asked.layer)
         slots, longest = len(self.slot_tokens), self.longest_prefix
         prefixes = keys[:slots, :, :longest], values[:slots, :, :longest]
         if self.grid is None:
-            over_prefix = attend_part(query, prefixes, shared_bias, scale=asked.scale)
+            over_prefix = attend_part(asked, query, prefixes, shared_bias)
         else:
-            over_prefix = _over_grid(self.grid, query, prefixes, shared_bias, scale=asked.scale)
+            over_prefix = _over_grid(self.grid, asked, query, prefixes, shared_bias)
         return joined(over_prefix, over_own).reshape(rows, heads, dim)
 
     def _write(self, asked: Asked) -> Pair:
@@ -194,34 +194,32 @@ class Decode:
         values[each, :, self.own_tokens - 1] = asked.value.transpose(0, 1)
         return keys[:, :, : self.longest_own], values[:, :, : self.longest_own]
 
-    def _own_bias(self, asked: Asked) -> torch.Tensor:
+    def _own_bias(self, asked: Asked) -> Bias:
         """[rows, 1, 1, own]"""
         columns = torch.arange(self.longest_own, device=self.own_tokens.device)
         seen = is_seen((self.own_tokens - 1)[:, None] - columns[None, :], asked.window)
-        return bias_of(seen, asked.query.dtype)[:, None, None, :]
+        return bias_of(seen[:, None, None, :], asked.query.dtype)
 
-    def _shared_bias(self, asked: Asked) -> torch.Tensor:
+    def _shared_bias(self, asked: Asked) -> Bias:
         """[slots, 1, 1, prefix]; with a window [slots, 1, most * group, prefix]"""
         columns = torch.arange(self.longest_prefix, device=self.slot_tokens.device)
         seen = (columns[None, :] < self.slot_tokens[:, None])[:, None]
         if asked.window is not None:
-            own = (
-                self.own_tokens[:, None] if self.grid is None else self.own_tokens[self.grid.row_of]
-            )
+            own = self.own_tokens[:, None]
+            if self.grid is not None:
+                own = self.own_tokens[self.grid.row_of]
             position = self.slot_tokens[:, None] + own - 1
             seen = seen & (position[:, :, None] - columns < asked.window)
             seen = seen.repeat_interleave(asked.group, 1)
-        return bias_of(seen, asked.query.dtype)[:, None]
+        return bias_of(seen[:, None], asked.query.dtype)
 
 
-def _over_grid(
-    grid: Grid, query: torch.Tensor, prefixes: Pair, bias: torch.Tensor, *, scale: float
-) -> Part:
+def _over_grid(grid: Grid, asked: Asked, query: torch.Tensor, prefixes: Pair, bias: Bias) -> Part:
     """The part of the prefixes, for each row: all rows of a slot look at its prefix together."""
     _, kv_heads, group, dim = query.shape
     slots, most = grid.row_of.shape
     together = query[grid.row_of].transpose(1, 2).reshape(slots, kv_heads, most * group, dim)
-    part = attend_part(together, prefixes, bias, scale=scale)
+    part = attend_part(asked, together, prefixes, bias)
     out = part.out.reshape(slots, kv_heads, most, group, dim).transpose(1, 2)
     lse = part.lse.reshape(slots, kv_heads, most, group).transpose(1, 2)
     return Part(

@@ -41,7 +41,7 @@ class SlotsEngine:
     alone, whatever else is in flight (ties of the top two logits within rounding aside).
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
-    take; null: a share of the device's memory (`memory.py`).
+    take; null: a share of the device's memory (`memory.py`). `eager`: attention by matrix products.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class SlotsEngine:
         eos_token_ids: Sequence[int],
         table: np.ndarray,
         kv_budget_bytes: int | None = None,
+        eager: bool = False,
     ) -> None:
         text = model.config.get_text_config()
         self._eos = frozenset(eos_token_ids)
@@ -58,7 +59,7 @@ class SlotsEngine:
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table)
-        self._language = Language(model)
+        self._language = Language(model, eager=eager)
         self._room = Room(shape_of(text, dtype=model.dtype, device=model.device), kv_budget_bytes)
         on_cpu = self._device.type == "cpu"
         self._prefill_tokens = CPU_PREFILL_TOKENS if on_cpu else PREFILL_TOKENS
