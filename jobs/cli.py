@@ -39,6 +39,7 @@ _limit = click.option(
     metavar="N",
     help="Only the first N rows; the same command without it goes on from there.",
 )
+_COUNT = click.IntRange(min=1)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _output = click.option(
     "-o", "--output", metavar="DST", required=True, help="Folder or URL for the answer table."
@@ -158,6 +159,81 @@ def verify(ctx: click.Context, output: str, spec: str | None) -> None:
     print_result(json.dumps(report.to_json(), indent=2))
     if not report.ok:
         ctx.exit(Status.FAILED)
+
+
+@main.command()
+@click.argument("mode", type=click.Choice(["vqa", "caption"]), default="vqa")
+@click.option("--model", help="Hub id, local folder or `embedded`.  [default: the embedded model]")
+@click.option("--random", metavar="NAME", help="A model of random weights instead: ViT-S-135M.")
+@click.option("--images", type=_COUNT, help="[default: 16 in vqa, 64 in caption]")
+@click.option("--questions", type=_COUNT, help="On each image, in vqa.  [default: 10]")
+@click.option(
+    "--new-tokens",
+    type=_COUNT,
+    help="Of each answer in vqa, in the mean in caption.  [default: 3, 30]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: the checkpoint's own; of --random, bfloat16.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=_COUNT,
+    multiple=True,
+    default=(8, 16, 32),
+    show_default=True,
+    help="Of generate, whose best one counts; repeatable.",
+)
+@click.option("--rounds", type=_COUNT, default=5, show_default=True)
+@click.option(
+    "--check",
+    "checked",
+    type=_COUNT,
+    default=16,
+    show_default=True,
+    help="Answers compared with those on the single prompts.",
+)
+@click.option(
+    "--no-exact",
+    "is_exact",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Do not compare in float32 what is measured in another dtype.",
+)
+@click.option("--threads", type=_COUNT, help="On the CPU.  [default: torch's own number]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def bench(mode: str, **options: Any) -> None:
+    """Measure the engine against transformers' generate; prints JSON.
+
+    \b
+    vqa:      questions on each image, short answers of one length
+    caption:  one answer an image, of log-normal lengths
+    """
+    if options["model"] and options["random"]:
+        raise click.UsageError("--model and --random exclude each other")
+    if mode == "caption" and options["questions"]:
+        raise click.UsageError("--questions is for vqa: a caption is one answer an image")
+    # Read when torch loads; the generate actor has it so.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from jobs.bench import Bench, measure
+    from schemas.job import EMBEDDED
+
+    usual = {"vqa": (16, 10, 3), "caption": (64, 1, 30)}[mode]
+    for name, value in zip(("images", "questions", "new_tokens"), usual, strict=True):
+        options[name] = options[name] or value
+    options["model"] = options["model"] or EMBEDDED
+    report = measure(
+        Bench(**{"mode": mode, **options}), say=lambda text: click.echo(text, err=True)
+    )
+    print_result(json.dumps(report, indent=2))
+    if not report["ok"]:
+        click.echo("Error: the engine's answers are not those of generate: see agreement", err=True)
+        click.get_current_context().exit(Status.FAILED)
 
 
 @main.command("spec")

@@ -31,7 +31,7 @@ class Tokeniser:
         self._template = processor.chat_template or LLAVA_1_5_TEMPLATE.replace(
             IMAGE_TOKEN, processor.image_token
         )
-        self._tokens_per_image = _tokens_per_image(processor)
+        self._tokens_per_image = tokens_per_image(processor)
         text = load_config(model).get_text_config()
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self.render = functools.lru_cache(PROMPTS_KEPT)(self._render)
@@ -87,7 +87,7 @@ class Tokeniser:
         return ids
 
 
-def _tokens_per_image(processor: Any) -> int:
+def tokens_per_image(processor: Any) -> int:
     """How many image tokens the processor writes for one image, whatever its size."""
     blank = Image.new("RGB", (64, 64))
     ids: list[int] = processor(text=processor.image_token, images=blank)["input_ids"][0]
