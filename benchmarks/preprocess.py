@@ -37,6 +37,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, features
 
+from jobs import photos
+from jobs.photos import jpeg
 from pipeline.decoder import Decoded, Decoder, settings_of
 from pipeline.embedded import CHECKPOINT
 from pipeline.encode import Encode
@@ -50,7 +52,6 @@ from tools.easy_vqa_data import LabelledImage, load_split
 QUESTION = "What is in this picture?"
 PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
 SMALL, LARGE = (640, 480), (4000, 3000)
-QUALITY = 90
 CONTEXT = 4096
 ANSWERED_SIDES_PX = (320, 512, 1024, 2048)
 """From where fast halves an image for 64 pixels, over sizes that it takes closest, and beyond."""
@@ -58,28 +59,7 @@ ANSWERED_SIDES_PX = (320, 512, 1024, 2048)
 
 def photo(size: tuple[int, int], *, seed: int) -> bytes:
     """A JPEG of the statistics of a photograph; of 12 megapixels, 0.3 bytes a pixel."""
-    draw = np.random.default_rng(seed)
-    light = 60 * _field(size, draw)
-    tint = np.stack([14 * _field(size, draw) for _ in range(3)], axis=-1)
-    grain = draw.normal(0, 4, (size[1], size[0], 1))
-    pixels = np.clip(128 + light[..., None] + tint + grain, 0, 255).astype(np.uint8)
-    return _jpeg(Image.fromarray(pixels))
-
-
-def _field(size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
-    """Noise of mean 0 and deviation 1 whose amplitude falls as frequency ** -1.3: [H, W]."""
-    width, height = size
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf
-    spectrum = np.fft.rfft2(draw.standard_normal((height, width))) / frequency**1.3
-    values = np.fft.irfft2(spectrum, (height, width))
-    return values / values.std()
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=QUALITY)
-    return file.getvalue()
+    return jpeg(photos.photo(size, seed=seed))
 
 
 @contextlib.contextmanager
@@ -325,7 +305,7 @@ def enlarged(image: LabelledImage, number: int) -> bytes:
     side = ANSWERED_SIDES_PX[number % len(ANSWERED_SIDES_PX)]
     with Image.open(image.path) as opened:
         small = opened.convert("RGB")
-    return _jpeg(small.resize((side, side), Image.Resampling.BICUBIC))
+    return jpeg(small.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def answers_of(rows: pa.Table) -> dict[str, str]:

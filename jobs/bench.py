@@ -32,10 +32,10 @@ ENGINE_BATCH = 16
 Build = Callable[[Subject], Engine]
 
 
-def build_engine(subject: Subject) -> Engine:
-    """The engine that is measured, its end tokens switched off."""
+def build_engine(subject: Subject, *, end_tokens: Sequence[int] = ()) -> Engine:
+    """The engine that is measured; without end tokens, every answer is as long as it may be."""
     return PlainEngine(
-        subject.model, eos_token_ids=(), table=subject.table, batch_size=ENGINE_BATCH
+        subject.model, eos_token_ids=end_tokens, table=subject.table, batch_size=ENGINE_BATCH
     )
 
 
@@ -90,7 +90,7 @@ def measure(bench: Bench, *, say: Say, build: Build = build_engine) -> dict[str,
         torch.set_num_threads(bench.threads)
     subject = bench.subject()
     work = bench.work(subject)
-    ran = _ran(subject)
+    ran = ran_against(subject)
     baseline = Baseline(subject.model, work, subject.table)
     race = Race(build(subject), baseline, work, say)
     race.run(bench.kinds(), rounds=bench.rounds)
@@ -180,7 +180,7 @@ def _told(work: Workload) -> dict[str, Any]:
     }
 
 
-def _ran(subject: Subject) -> dict[str, Any]:
+def ran_against(subject: Subject) -> dict[str, Any]:
     """What it ran against."""
     model = subject.model
     return {

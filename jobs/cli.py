@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from jobs.exits import Status, StatusGroup, print_result
 
@@ -205,9 +206,15 @@ def verify(ctx: click.Context, output: str, spec: str | None) -> None:
     default=True,
     help="Do not compare in float32 what is measured in another dtype.",
 )
+@click.option(
+    "--jobs",
+    "is_whole",
+    is_flag=True,
+    help="Instead: a whole job's rate over that of its engine alone.",
+)
 @click.option("--threads", type=_COUNT, help="On the CPU.  [default: torch's own number]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def bench(mode: str, **options: Any) -> None:
+def bench(mode: str, is_whole: bool, **options: Any) -> None:
     """Measure the engine against transformers' generate; prints JSON.
 
     \b
@@ -218,12 +225,16 @@ def bench(mode: str, **options: Any) -> None:
         raise click.UsageError("--model and --random exclude each other")
     if mode == "caption" and options["questions"]:
         raise click.UsageError("--questions is for vqa: a caption is one answer an image")
+    if is_whole and (given := _given("batch_sizes", "rounds", "checked", "is_exact", "threads")):
+        raise click.UsageError(f"{given} says nothing of a whole job (--jobs)")
     # Read when torch loads; the generate actor has it so.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from jobs.bench import Bench, measure
     from schemas.job import EMBEDDED
 
-    usual = {"vqa": (16, 10, 3), "caption": (64, 1, 30)}[mode]
+    if is_whole:
+        from jobs.endtoend import measure_jobs as measure  # type: ignore[assignment]
+    usual = {"vqa": (100 if is_whole else 16, 10, 3), "caption": (64, 1, 30)}[mode]
     for name, value in zip(("images", "questions", "new_tokens"), usual, strict=True):
         options[name] = options[name] or value
     options["model"] = options["model"] or EMBEDDED
@@ -318,6 +329,14 @@ def stop(job_id: str, address: str | None, as_json: bool) -> None:
         print_result(json.dumps({"id": job_id, "stopped": stopped}))
     else:
         print_result(f"{job_id} {'is stopping' if stopped else 'was not running'}")
+
+
+def _given(*names: str) -> str:
+    """The first of these options that was given, as it is written; else the empty string."""
+    ctx = click.get_current_context()
+    written = {option.name: option.opts[0] for option in ctx.command.params}
+    given = (n for n in names if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE)
+    return next((written[name] for name in given), "")
 
 
 def _limited(overrides: tuple[str, ...], limit: int | None) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The model that `bench` measures, and what has to be known of it to make up prompts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,12 +12,12 @@ from jobs.workload import Vocabulary
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
 from pipeline.engine.load import device_of, load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized
-from pipeline.engine.reference import clip_table, random_model
+from pipeline.engine.reference import random_model, random_processor
 from pipeline.tokenise import tokens_per_image
 from schemas.job import ModelSpec
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 DTYPE_OF_RANDOM = "bfloat16"
 
@@ -29,9 +30,18 @@ class Subject:
     name: str
     dtype: str
     model: "LlavaForConditionalGeneration"
+    processor: "LlavaProcessor"
     table: np.ndarray
     image_shape: tuple[int, ...]
     tokens_per_image: int
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Where answers end, unless that is switched off: as a job has it."""
+        named = self.model.generation_config.eos_token_id
+        if named is None:
+            named = self.processor.tokenizer.eos_token_id
+        return [] if named is None else [named] if isinstance(named, int) else list(named)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -48,28 +58,39 @@ class Subject:
 def load_subject(spec: ModelSpec) -> Subject:
     """A checkpoint, as a job loads it. Raises SpecError."""
     check_model(spec)
-    processor = load_processor(spec)
-    return Subject(
-        name=spec.path,
-        dtype=dtype_name(spec, open_checkpoint(spec)),
-        model=load_model(spec, device_of(spec)),
-        table=pixel_table(processor),
-        image_shape=resized(processor, Image.new("RGB", (64, 64))).shape,
-        tokens_per_image=tokens_per_image(processor),
-    )
+    dtype = dtype_name(spec, open_checkpoint(spec))
+    return _subject(spec.path, dtype, load_model(spec, device_of(spec)), load_processor(spec))
 
 
 def random_subject(name: str, *, seed: int, dtype: str) -> Subject:
     """A model of `reference.SHAPES`. Raises SpecError for a name that is not there."""
+    processor = random_processor(name)
     dtype = DTYPE_OF_RANDOM if dtype == "auto" else dtype
-    device = device_of(ModelSpec())
-    model = random_model(name, seed=seed, dtype=getattr(torch, dtype), device=device)
-    side = model.config.vision_config.image_size
+    model = random_model(
+        name, seed=seed, dtype=getattr(torch, dtype), device=device_of(ModelSpec())
+    )
+    return _subject(f"random {name}, seed {seed}", dtype, model, processor)
+
+
+def save_random(folder: Path, name: str, *, seed: int, dtype: str) -> None:
+    """The same as a checkpoint. Raises SpecError."""
+    from transformers.utils import logging
+
+    processor = random_processor(name)
+    dtype = DTYPE_OF_RANDOM if dtype == "auto" else dtype
+    model = random_model(name, seed=seed, dtype=getattr(torch, dtype), device=torch.device("cpu"))
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _subject(name: str, dtype: str, model: Any, processor: Any) -> Subject:
     return Subject(
-        name=f"random {name}, seed {seed}",
+        name=name,
         dtype=dtype,
         model=model,
-        table=clip_table(),
-        image_shape=(side, side, 3),
-        tokens_per_image=model.config.image_seq_length,
+        processor=processor,
+        table=pixel_table(processor),
+        image_shape=resized(processor, Image.new("RGB", (64, 64))).shape,
+        tokens_per_image=tokens_per_image(processor),
     )

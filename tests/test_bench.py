@@ -1,20 +1,26 @@
 """`lavaflow bench`: what is measured is what it says, and a wrong answer does not pass."""
 
 import dataclasses
+import io
 import json
+import tarfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from jobs import agreement
 from jobs.agreement import TIE
 from jobs.baseline import Baseline, Setting, twin
 from jobs.bench import Bench, build_engine, measure
 from jobs.cli import main
-from jobs.subject import Subject, load_subject
+from jobs.endtoend import measure_jobs
+from jobs.photos import write_shards
+from jobs.subject import Subject, load_subject, random_subject, save_random
 from jobs.workload import Row, Workload, caption_lengths, captions, noise, questions
 from pipeline.engine.reference import random_model
 from pipeline.engine.request import Answer, Engine, Outcome, Request
@@ -288,6 +294,48 @@ def test_the_reference_model_has_the_shape_of_the_real_one() -> None:
     assert features.isfinite().all()
 
 
+# Whole jobs
+
+
+def test_photographs_are_of_no_two_the_same_bytes(tmp_path: Path) -> None:
+    write_shards(tmp_path / "photos", 70, seed=0)
+    shards = sorted((tmp_path / "photos").iterdir())
+    assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
+    members = [data for shard in shards for data in read_tar(shard)]
+    assert len(members) == len(set(members)) == 70
+    with Image.open(io.BytesIO(members[0])) as opened:
+        assert (opened.format, opened.size) == ("JPEG", (640, 480))
+
+
+def read_tar(path: Path) -> list[bytes]:
+    with tarfile.open(path) as tar:
+        return [tar.extractfile(member).read() for member in tar]
+
+
+@pytest.mark.slow
+def test_a_whole_job_is_measured_against_its_engine_alone() -> None:
+    report = measure_jobs(bench_of(images=40, questions=2), say=quiet)
+    assert report["work"]["answers"] == 80
+    rates = report["pipeline"]["answers_per_s"], report["engine"]["answers_per_s"]
+    assert report["fraction"] == pytest.approx(rates[0] / rates[1], abs=1e-3)
+    assert 0 < report["fraction"] < 1.2
+    pipeline = report["pipeline"]
+    assert pipeline["first_to_last_s"] + pipeline["start_up_s"] <= pipeline["whole_run_s"]
+
+
+@pytest.mark.slow
+def test_a_random_model_is_the_same_as_a_checkpoint(tmp_path: Path) -> None:
+    save_random(tmp_path / "model", "ViT-S-135M", seed=5, dtype="auto")
+    saved = load_subject(ModelSpec(path=str(tmp_path / "model")))
+    made = random_subject("ViT-S-135M", seed=5, dtype="auto")
+    assert saved.dtype == made.dtype == "bfloat16"
+    assert saved.end_tokens == made.end_tokens == []
+    pairs = zip(saved.model.parameters(), made.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert np.array_equal(saved.table, made.table)
+    assert saved.vocabulary == made.vocabulary
+
+
 # The command
 
 
@@ -323,6 +371,7 @@ def test_wrong_answers_end_with_status_1(monkeypatch: pytest.MonkeyPatch) -> Non
         (("caption", "--questions", "3"), "--questions is for vqa"),
         (("--random", "ViT-G-1B"), "there is ViT-S-135M"),
         (("--model", "/no/such/folder"), "does not exist"),
+        (("--jobs", "--rounds", "3"), "--rounds says nothing of a whole job"),
         (("speed",), "'speed' is not one of 'vqa', 'caption'"),
     ],
 )

@@ -7,20 +7,21 @@ says depends on every token before it: an engine that misplaces one gives other 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 GAIN = 1.6
 """Of every layer. With 1.0 a model of 30 layers repeats its last token for ever; with 2.0 what
 bfloat16 rounds off grows to a fifth of the logits' spread."""
-IMAGE_TOKEN_ID, START_ID, END_ID, PAD_ID = 0, 1, 2, 3
+SPECIAL = IMAGE, START, PAD, UNKNOWN = "<image>", "<s>", "<pad>", "<unk>"
+"""Ids 0 to 3."""
 
 SHAPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ViT-S-135M": {
@@ -63,34 +64,31 @@ def random_model(
         LlavaForConditionalGeneration,
     )
 
-    if name not in SHAPES:
-        raise SpecError(f"random model {name!r} is not known; there is {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    special = {"bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
+    shape = _shape(name)
+    special = {"bos_token_id": SPECIAL.index(START), "pad_token_id": SPECIAL.index(PAD)}
     vision = CLIPVisionConfig(**shape["vision"])
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**shape["text"], **special),
-        image_token_index=IMAGE_TOKEN_ID,
+        text_config=LlamaConfig(**shape["text"], **special, eos_token_id=None),
+        image_token_index=SPECIAL.index(IMAGE),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=shape["text"]["tie_word_embeddings"],
     )
-    model = LlavaForConditionalGeneration(config).eval()
-    _draw(model, torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
+        _draw(model)
     cast(model, dtype)
     return model.to(device)
 
 
-def _draw(model: "LlavaForConditionalGeneration", generator: "torch.Generator") -> None:
+def _draw(model: "LlavaForConditionalGeneration") -> None:
     """Matrices alone; norms and biases stay as they are."""
-    import torch
-
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                gain = 1.0 if "embed_tokens" in name else GAIN
-                weight.normal_(0.0, gain * weight[0].numel() ** -0.5, generator=generator)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            gain = 1.0 if "embed_tokens" in name else GAIN
+            weight.normal_(0.0, gain * weight[0].numel() ** -0.5)
 
 
 def cast(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
@@ -99,9 +97,48 @@ def cast(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
         weight.data = weight.data.to(dtype)
 
 
-def clip_table() -> np.ndarray:
-    """CLIP's normalisation of each value of each channel: float32 [3, 256]."""
-    values = np.arange(256, dtype=np.float64) / 255
-    mean, std = np.array(CLIP_MEAN)[:, None], np.array(CLIP_STD)[:, None]
-    table: np.ndarray = ((values - mean) / std).astype(np.float32)
-    return table
+def random_processor(name: str) -> "LlavaProcessor":
+    """A processor for that model: CLIP's for images, and a tokenizer with a word for every id.
+
+    The words are w0, w1 and so on. There is no end token: answers are as long as they may be.
+    Raises SpecError as `random_model` does.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    shape = _shape(name)
+    side = shape["vision"]["image_size"]
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer=_tokenizer(shape["text"]["vocab_size"]),
+        patch_size=shape["vision"]["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _tokenizer(size: int) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL, *(f"w{n}" for n in range(size - len(SPECIAL)))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, SPECIAL.index(START))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        bos_token=START,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+    )
+
+
+def _shape(name: str) -> Mapping[str, Mapping[str, Any]]:
+    if name not in SHAPES:
+        raise SpecError(f"random model {name!r} is not known; there is {', '.join(SHAPES)}")
+    return SHAPES[name]
