@@ -27,7 +27,9 @@ check: $(VENV)/dev ## format, lint, types, and which package may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/dev ## exactness and accuracy of the embedded model; prints JSON
+bench: $(VENV)/dev ## speed, exactness and accuracy with the embedded model; prints JSON
+	$(BIN)/lavaflow bench vqa
+	$(BIN)/lavaflow bench caption
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.easy_vqa
 	$(BIN)/python -m benchmarks.embedded_domain

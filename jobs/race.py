@@ -16,7 +16,7 @@ from jobs.workload import Workload
 from pipeline.engine.request import Answer, Engine
 from schemas.errors import JobError
 
-CLOSE = 0.95
+CLOSE = 0.9
 """Of the fastest setting's rate in the trial: a slower one runs in no round."""
 
 Say = Callable[[str], None]
