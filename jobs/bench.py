@@ -17,26 +17,23 @@ from typing import Any
 import torch
 
 from jobs import agreement
-from jobs.baseline import Baseline, Setting
+from jobs.baseline import Baseline, Setting, twin
 from jobs.race import Race, Say, tokens_of
 from jobs.subject import Subject, load_subject, random_subject
 from jobs.workload import Mode, Workload, captions, noise, questions
-from pipeline.engine.plain import PlainEngine
+from pipeline.engine.choose import engine_of
 from pipeline.engine.reference import cast
 from pipeline.engine.request import Engine
 from schemas.job import ModelSpec
 
 VERSIONS = ("lavaflow", "torch", "transformers")
-ENGINE_BATCH = 16
 
 Build = Callable[[Subject], Engine]
 
 
 def build_engine(subject: Subject, *, end_tokens: Sequence[int] = ()) -> Engine:
     """The engine that is measured; without end tokens, every answer is as long as it may be."""
-    return PlainEngine(
-        subject.model, eos_token_ids=end_tokens, table=subject.table, batch_size=ENGINE_BATCH
-    )
+    return engine_of(twin(subject.model), eos_token_ids=end_tokens, table=subject.table)
 
 
 @dataclass(frozen=True)

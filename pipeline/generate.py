@@ -60,10 +60,11 @@ class Generate:
         self._tokenizer = processor.tokenizer
         self._image_token_id: int = processor.image_token_id
         self._engine: Engine = engine_of(
-            job,
             model,
             eos_token_ids=_end_tokens(model, processor),
             table=pixel_table(processor),
+            attention=job.model.attention,
+            resources=job.resources.generate,
         )
 
     def __call__(self, batch: pa.Table) -> pa.Table:

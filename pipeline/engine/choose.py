@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.engine.request import Engine
-from schemas.job import JobSpec
+from schemas.job import GenerateResources
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -22,15 +22,15 @@ SLOT_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 def engine_of(
-    job: JobSpec,
     model: "LlavaForConditionalGeneration",
     *,
     eos_token_ids: Sequence[int],
     table: np.ndarray,
+    attention: str = "auto",
+    resources: GenerateResources = GenerateResources(),  # noqa: B008 (frozen)
 ) -> Engine:
-    """`table`: of `pixels.pixel_table`."""
-    resources = job.resources.generate
-    if job.model.attention != "flash_attention_2" and can_pack(model):
+    """`table`: of `pixels.pixel_table`. `attention`: as `model.attention` of a spec."""
+    if attention != "flash_attention_2" and can_pack(model):
         from pipeline.engine.slots import SlotsEngine
 
         return SlotsEngine(
@@ -38,7 +38,7 @@ def engine_of(
             eos_token_ids=eos_token_ids,
             table=table,
             kv_budget_bytes=resources.kv_budget_bytes,
-            eager=job.model.attention == "eager",
+            eager=attention == "eager",
         )
     from pipeline.engine.plain import PlainEngine
 

@@ -27,7 +27,7 @@ class Looker:
     def __init__(self, model: "LlavaForConditionalGeneration", table: np.ndarray) -> None:
         self._model = model
         self._table = torch.from_numpy(table).to(model.device)
-        self._layer = _cut_tower(model)
+        cut_tower(model)
         self._seen: dict[str, torch.Tensor | GenerateError] = {}
         self._wanted: Counter[str] = Counter()
 
@@ -88,34 +88,31 @@ class Looker:
     def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
         stacked = torch.from_numpy(np.stack([image.pixels for image in images]))
         pixels = normalised(stacked, self._table).to(self._model.dtype)
-        found = self._model.get_image_features(
-            pixel_values=pixels, vision_feature_layer=self._layer
-        )
+        found = self._model.get_image_features(pixel_values=pixels)
         features: Sequence[torch.Tensor] = found.pooler_output
         return features
 
 
-def _cut_tower(model: "LlavaForConditionalGeneration") -> int | list[int]:
-    """Leave out the layers behind the one that is read; gives its number then.
+def cut_tower(model: "LlavaForConditionalGeneration") -> None:
+    """Leave out the layers of the vision tower behind the one that is read.
 
-    Whether the features stay the same is tried out.
+    Whether the features stay the same is tried out. The config names the layer from the start then,
+    so that whoever uses the model finds it.
     """
     wanted: int | list[int] = model.config.vision_feature_layer
     owner: Any = _owner_of_layers(model)
-    if owner is None or not isinstance(wanted, int):
-        return wanted
+    if owner is None or not isinstance(wanted, int) or wanted >= 0:
+        return
     layers: torch.nn.ModuleList = owner.layers
-    needed = wanted if wanted >= 0 else len(layers) + 1 + wanted
-    before = _probe(model, wanted)
-    owner.layers = layers[:needed]
+    needed = len(layers) + 1 + wanted
+    before = _probe(model)
+    owner.layers, model.config.vision_feature_layer = layers[:needed], needed
     try:
-        is_same = torch.equal(_probe(model, needed), before)
-    except (RuntimeError, IndexError):
+        is_same = torch.equal(_probe(model), before)
+    except (RuntimeError, IndexError, TypeError):
         is_same = False
-    if is_same:
-        return needed
-    owner.layers = layers
-    return wanted
+    if not is_same:
+        owner.layers, model.config.vision_feature_layer = layers, wanted
 
 
 def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module | None:
@@ -129,12 +126,10 @@ def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module 
 
 
 @torch.inference_mode()
-def _probe(model: "LlavaForConditionalGeneration", layer: int) -> torch.Tensor:
+def _probe(model: "LlavaForConditionalGeneration") -> torch.Tensor:
     side = model.config.vision_config.image_size
     pixels = torch.linspace(-1, 1, 3 * side * side, device=model.device).reshape(1, 3, side, side)
-    found = model.get_image_features(
-        pixel_values=pixels.to(model.dtype), vision_feature_layer=layer
-    )
+    found = model.get_image_features(pixel_values=pixels.to(model.dtype))
     return torch.cat(list(found.pooler_output))
 
 
