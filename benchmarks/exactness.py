@@ -2,10 +2,10 @@
 
     python -m benchmarks.exactness [--images N]
 
-Asks easy-VQA's test questions of the embedded model in float32 three times: through the engine in
-batches of 1 and of 16, and through `generate` on each single unpadded prompt. Prints one JSON
-object with the number of prompts whose tokens are equal, and every difference; its exit status is 1
-where there is any.
+Asks easy-VQA's test questions of the embedded model in float32 three times: through the engine with
+room for one image and a few questions at a time, with room for all that come at once, and through
+`generate` on each single unpadded prompt. Prints one JSON object with the number of prompts whose
+tokens are equal, and every difference; its exit status is 1 where there is any.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from PIL import Image
 
 from pipeline.engine.load import load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized
-from pipeline.engine.plain import PlainEngine
 from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
+from pipeline.engine.slots import SlotsEngine
 from schemas.job import ModelSpec
 from tools.easy_vqa_data import LabelledImage, load_split
 
 MAX_NEW_TOKENS = 16
 IMAGES_PER_CALL = 16
+SPEC = ModelSpec(dtype="float32", device="cpu")
+NARROW_BYTES, WIDE_BYTES = 2**20, 2**29
 Tokens = tuple[int, ...]
 
 
@@ -34,18 +36,17 @@ class Bench:
     """One model, asked in several ways."""
 
     def __init__(self) -> None:
-        spec = ModelSpec(dtype="float32", device="cpu")
-        self.processor: Any = load_processor(spec)
-        self.model: Any = load_model(spec, torch.device("cpu"))
+        self.processor: Any = load_processor(SPEC)
+        self.model: Any = load_model(SPEC, torch.device("cpu"))
         self.table = pixel_table(self.processor)
 
-    def engine(self, images: Sequence[LabelledImage], *, batch_size: int) -> list[Tokens]:
+    def engine(self, images: Sequence[LabelledImage], *, budget: int) -> list[Tokens]:
         """Each question's tokens, all questions of an image in one request."""
-        engine = PlainEngine(
-            self.model,
+        engine = SlotsEngine(
+            load_model(SPEC, torch.device("cpu")),
             eos_token_ids=[self.model.generation_config.eos_token_id],
             table=self.table,
-            batch_size=batch_size,
+            kv_budget_bytes=budget,
         )
         tokens: list[Tokens] = []
         for start in range(0, len(images), IMAGES_PER_CALL):
@@ -91,16 +92,16 @@ def picture_of(image: LabelledImage) -> Image.Image:
 
 def compare(images: Sequence[LabelledImage]) -> dict[str, Any]:
     bench = Bench()
-    ones = bench.engine(images, batch_size=1)
-    sixteens = bench.engine(images, batch_size=16)
+    narrow = bench.engine(images, budget=NARROW_BYTES)
+    wide = bench.engine(images, budget=WIDE_BYTES)
     single = list(bench.generate(images))
     differences = [
-        {"prompt": n, "batch_1": a, "batch_16": b, "generate": c}
-        for n, (a, b, c) in enumerate(zip(ones, sixteens, single, strict=True))
+        {"prompt": n, "narrow": a, "wide": b, "generate": c}
+        for n, (a, b, c) in enumerate(zip(narrow, wide, single, strict=True))
         if not a == b == c
     ]
     return {
-        "benchmark": "engine in batches of 1 and 16 against transformers generate, float32",
+        "benchmark": "engine with little and with much room against transformers generate, float32",
         "prompts": len(single),
         "equal": len(single) - len(differences),
         "differences": differences,
