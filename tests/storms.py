@@ -29,6 +29,8 @@ MOST_PADDING = 200_000
 IMAGES_PER_SHARD = 20
 BETWEEN_SILENCES_S = (5.0, 20.0)
 MOST_RUNS = 10
+PAUSE_S = 5.0
+"""Between runs, as long as a person takes to start the next."""
 OF_THE_RUN = ("run_id", "answered_at", "attempts")
 """Columns that tell of the run, not of the answer."""
 
@@ -142,6 +144,7 @@ def _run_to_the_end(job: JobSpec) -> list[str]:
             ends.append(run(job)[0].record["ended"])
         except LavaflowError as error:
             ends.append(f"{type(error).__name__}: {error}")
+            time.sleep(PAUSE_S)
     return ends
 
 
