@@ -4,10 +4,11 @@
 """
 
 import contextlib
+import functools
 import random
 import threading
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,11 +33,13 @@ from tests.whole_jobs import job_of
 TIMEOUT_S = 0.3
 IMAGES = 36
 FAULTS = 8
-MOST_SHARDS = 16
+MOST_SHARDS = 10
 """Of the 37 of `images`."""
 MOST_PASSES = 30
 
 Row = tuple[object, ...]
+Read = Mapping[str, tuple[dict[int, Row], int | None]]
+"""Of each shard, the rows and how many it says there are."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def yield_into(rows: dict[int, Row], samples: Generator[Sample, None, int]) -> i
         rows[sample.index] = seen(sample)
 
 
-def read_to_the_end(readings: list[Reading]) -> Mapping[str, tuple[dict[int, Row], int | None]]:
+def read_to_the_end(readings: list[Reading]) -> Read:
     """The rows of each shard, and how many it says there are, in as many passes as it takes."""
     for _ in range(MOST_PASSES):
         for reading in readings:
@@ -109,28 +112,37 @@ def read_to_the_end(readings: list[Reading]) -> Mapping[str, tuple[dict[int, Row
     return {reading.shard.uri: (reading.rows, reading.rows_total) for reading in readings}
 
 
+@pytest.fixture(scope="module")
+def calm(s3_server: S3Server, place: str) -> Callable[[str], Read]:
+    """What there is to be read of a kind of source."""
+
+    @functools.cache
+    def read(kind: str) -> Read:
+        return read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place)))
+
+    return read
+
+
 def readings_of(source: Source) -> list[Reading]:
     return [Reading(source, shard) for shard in source.list()[:MOST_SHARDS]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_through_a_storm_is_what_is_there(
-    s3_server: S3Server, proxy: Proxy, place: str, kind: str
+    proxy: Proxy, place: str, calm: Callable[[str], Read], kind: str
 ) -> None:
-    calm = read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place)))
     source = source_at(proxy.endpoint_url, kind, place)
     shards = [reading.shard for reading in readings_of(source)]
     proxy.faults = Faults(seed=1, share=0.3, slow_s=TIMEOUT_S)
     while proxy.faults.happened.total() < FAULTS:
         stormy = read_to_the_end([Reading(source, shard) for shard in shards])
-        assert stormy == calm
+        assert stormy == calm(kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "images", "manifest"])
 def test_a_store_that_falls_silent_fails_no_row_and_is_read_on_when_it_is_back(
-    s3_server: S3Server, proxy: Proxy, place: str, kind: str
+    proxy: Proxy, place: str, calm: Callable[[str], Read], kind: str
 ) -> None:
-    calm = read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place))[:2])
     first, second = readings_of(source_at(proxy.endpoint_url, kind, place))[:2]
     under_way = first.source.read(first.shard, skip=Ranges())
     if kind in {"webdataset", "parquet"}:
@@ -142,7 +154,7 @@ def test_a_store_that_falls_silent_fails_no_row_and_is_read_on_when_it_is_back(
     second.go_on()
     assert not second.rows
     proxy.faults = None
-    assert read_to_the_end([first, second]) == calm
+    assert read_to_the_end([first, second]).items() <= calm(kind).items()
 
 
 @pytest.mark.parametrize(
@@ -152,9 +164,8 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
     s3_server: S3Server, proxy: Proxy, place: str, kind: str, most: int
 ) -> None:
     """Where nearly all break off behind their head, no retry hides what a file looks like then."""
-    calm = read_to_the_end(
-        readings_of(source_at(s3_server.endpoint_url, kind, place, fetches=False))
-    )
+    well = source_at(s3_server.endpoint_url, kind, place, fetches=False)
+    calm = read_to_the_end(readings_of(well))
     readings = readings_of(source_at(proxy.endpoint_url, kind, place, fetches=False))
     kinds = ("cut", "reset")
     proxy.faults = Faults(seed=1, share=0.9, kinds=kinds, between_bytes=(500, most))
@@ -200,9 +211,9 @@ def test_a_web_server_that_fails_or_is_gone_has_not_lost_its_files(
     refusing_url: str, format_: str
 ) -> None:
     """fsspec says of all of these that there is no such file."""
-    for url in (f"{refusing_url}/503/a", "http://127.0.0.1:1/a"):
-        reading = read_at(url, format_)
-        assert (reading.rows, reading.rows_total) == ({}, None), url
+    url = "http://127.0.0.1:1/a" if format_ == "webdataset" else f"{refusing_url}/503/a"
+    reading = read_at(url, format_)
+    assert (reading.rows, reading.rows_total) == ({}, None)
     reading = read_at(f"{refusing_url}/404/a", format_)
     assert reading.rows_total == 1
     assert "gone since it was listed" in str(reading.rows[0])
