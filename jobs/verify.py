@@ -108,7 +108,7 @@ def verify(job: JobSpec) -> Report:
     """
     source = open_source(job.source, fetcher=Unfetched(job.source))
     shards = [replace(shard, piece=(0, 1)) for shard in source.list() if shard.piece[0] == 0]
-    output = Output(job.output.path, job.output.storage)
+    output = Output(job.output.path, job.output.storage, retry_s=job.output.retry_s)
     schema = answer_schema(source.keep_types(), prompts=job.output.prompts)
     table, staged, faults = _read_output(
         output, schema=schema, versions={shard.uri: shard.identity for shard in shards}

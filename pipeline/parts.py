@@ -7,6 +7,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,8 +56,7 @@ def read_info(output: Output, name: str) -> PartInfo:
 
     Raises JobError for a file that is not a whole part, FileNotFoundError where there is none.
     """
-    with output.open(name) as file:
-        return _info(file, name=name, place=f"{output.uri}/{name}")
+    return output.use(name, lambda file: _info(file, name=name, place=f"{output.uri}/{name}"))
 
 
 def read_part(output: Output, name: str) -> tuple[pa.Table, Footer]:
@@ -77,8 +77,13 @@ def open_part(output: Output, name: str) -> tuple[PartInfo, Iterator[pa.RecordBa
 
 def read_columns(output: Output, name: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of a part, without the others. Raises as `read_part` does."""
-    with output.open(name) as file, _damage_as_job_error(f"{output.uri}/{name}"):
-        return pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+
+    def read(file: Any) -> pa.Table:
+        # Told here already: a bare OSError would be taken for the store's, and tried again.
+        with _damage_as_job_error(f"{output.uri}/{name}"):
+            return pq.read_table(file, columns=list(columns), page_checksum_verification=True)
+
+    return output.use(name, read)
 
 
 def _info(file: object, *, name: str, place: str) -> PartInfo:

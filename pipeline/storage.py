@@ -14,11 +14,11 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import tenacity
@@ -40,6 +40,8 @@ PASSING_STATUSES = frozenset({408, 425, 429})
 """With these a web server says that it may answer later, as with all from 500 on."""
 MODIFIED = ("mtime", "LastModified", "Last-Modified", "created")
 """What stores call the time of the last change."""
+
+T = TypeVar("T")
 
 Info = Mapping[str, Any]
 """What fsspec says of a file: `name`, `type`, `size` and whatever the store adds."""
@@ -359,9 +361,14 @@ class Output:
                 if aside.stat().st_mtime < oldest:
                     aside.unlink()
 
-    def open(self, name: str) -> Any:
-        """A file of the output, for reading at random."""
-        return self._retrying(self.fs.open, self._path(name), "rb")
+    def use(self, name: str, use: Callable[[Any], T]) -> T:
+        """What `use` makes of a file that is open for reading at random; tried again as a whole."""
+        made: T = self._retrying(self._use, name, use)
+        return made
+
+    def _use(self, name: str, use: Callable[[Any], T]) -> T:
+        with self.fs.open(self._path(name), "rb") as file:
+            return use(file)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

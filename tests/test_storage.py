@@ -207,14 +207,17 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeOutput:
     return lambda: Output(path, HERE)
 
 
+def read_from_2(file: Any) -> bytes:
+    file.seek(2)
+    return bytes(file.read())
+
+
 class TestOutput:
     def test_a_published_file_is_read_back(self, make: MakeOutput) -> None:
         output = make()
         assert output.publish("answers/a.parquet", b"0123")
         assert output.read("answers/a.parquet") == b"0123"
-        with output.open("answers/a.parquet") as file:
-            file.seek(2)
-            assert file.read() == b"23"
+        assert output.use("answers/a.parquet", read_from_2) == b"23"
 
     def test_publishing_never_replaces(self, make: MakeOutput) -> None:
         assert make().publish("answers/a.parquet", b"first")

@@ -32,9 +32,7 @@ def output(url: str, storage: StorageSpec) -> Output:
 def test_a_published_file_is_read_back(output: Output) -> None:
     assert output.publish("answers/a.parquet", b"0123")
     assert output.read("answers/a.parquet") == b"0123"
-    with output.open("answers/a.parquet") as file:
-        file.seek(2)
-        assert file.read() == b"23"
+    assert output.use("answers/a.parquet", lambda file: (file.seek(2), file.read())) == (2, b"23")
 
 
 def test_a_taken_name_is_not_replaced(output: Output) -> None:
@@ -48,8 +46,7 @@ def test_a_taken_name_is_not_replaced_by_an_upload_in_many_pieces(output: Output
     large = bytes(101 * 2**20)
     assert output.publish("answers/a.parquet", large)
     assert not output.publish("answers/a.parquet", b"1" + large)
-    with output.open("answers/a.parquet") as file:
-        assert file.read(1) == b"\0"
+    assert output.use("answers/a.parquet", lambda file: file.read(1)) == b"\0"
 
 
 def test_what_another_client_publishes_or_removes_is_seen(
@@ -92,7 +89,7 @@ def test_the_identity_of_a_file_changes_when_it_is_replaced(output: Output) -> N
         (lambda output: output.names("answers", suffix=""), 2),
         (lambda output: output.publish("a", b"1"), 2),
         (lambda output: output.remove("a"), 2),
-        (lambda output: output.open("a"), 2),
+        (lambda output: output.use("a", lambda file: file.read()), 2),
         (lambda output: output.fs.cat_file(f"{output.root}/a", start=0, end=9), 6),
     ],
     ids=["list", "upload", "remove", "open", "read"],
