@@ -34,6 +34,11 @@ ROWS: list[dict[str, Any]] = [
         ("True", [True, True, True]),
         ("missing == 1", [False, False, False]),
         ("missing is None", [True, True, True]),
+        ("missing < gone", [False, False, False]),
+        ("not missing + gone > 1", [False, False, False]),
+        ("not missing", [False, False, False]),
+        ("len(missing) > 0 or -gone < 0", [False, False, False]),
+        ("width / 1000 > 0.5", [True, False, False]),
     ],
 )
 def test_a_condition_holds_where_python_would_say_so(text: str, held: list[bool]) -> None:
@@ -61,6 +66,11 @@ def test_columns_are_known_without_rows() -> None:
         ("lower(a, 'x')", "cannot be understood"),
         ("'x'.y == 1", "is no column"),
         ("a if b else c", "which a condition may not"),
+        ("matches(a, '(')", "Invalid regular expression"),
+        ("a in []", "an empty list"),
+        ("a in [None]", "a list that holds something else"),
+        ("a > 100000000000000000000", "cannot be understood: Python int too large"),
+        ("0x" + "f" * 5000 + " > a", "cannot be understood"),
     ],
 )
 def test_what_is_no_condition_is_a_spec_error(text: str, told: str) -> None:
@@ -74,12 +84,24 @@ def test_a_row_of_another_type_fails_alone() -> None:
     assert "'width': 'two'" in str(held[1])
 
 
+def test_of_what_is_nested_can_be_asked_whether_it_is_there() -> None:
+    rows: list[dict[str, Any]] = [{"a": {"b": [1]}}, {"a": [[]]}, {"a": None}, {"a": {}}]
+    assert parse_where("a is None").holds(rows) == [False, False, True, False]
+    told = parse_where("a == 1").holds(rows)
+    assert [type(held) for held in told] == [FilterFailed, FilterFailed, bool, FilterFailed]
+    assert "{'a': an object}" in str(told[0])
+
+
+def test_a_backslash_in_a_pattern_is_no_mistake() -> None:
+    assert parse_where(r'matches(a, "^\d+$")').holds([{"a": "12"}, {"a": "x"}]) == [True, False]
+
+
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
     st.floats(),
-    st.text(),
+    st.text(st.characters()),
     st.lists(st.integers()),
     st.dictionaries(st.text(), st.integers()),
 )
@@ -87,15 +109,19 @@ VALUES = st.one_of(
 
 @given(
     st.text()
-    | st.sampled_from(["a > 1", "len(a) > 1", "a.b == 'x'", "a in [1, 'x']", "a + 1 < 2"]),
+    | st.sampled_from(
+        ["a > 1", "len(a) > 1", "a.b == 'x'", "a in [1]", "a / 2 < 2.5", "not a", "a < b"]
+    ),
     st.lists(st.fixed_dictionaries({"a": VALUES}), max_size=4),
 )
-def test_any_text_is_a_condition_or_a_spec_error_and_any_row_has_an_outcome(
+def test_any_text_is_a_condition_or_a_spec_error_and_a_row_has_its_outcome(
     text: str, rows: list[dict[str, Any]]
 ) -> None:
     try:
         where = parse_where(text)
     except SpecError:
         return
-    assert all(type(value) in (bool, FilterFailed) for value in where.holds(rows))
-    assert len(where.holds(rows)) == len(rows)
+    held = where.holds(rows)
+    assert all(type(value) in (bool, FilterFailed) for value in held)
+    alone = [value for row in rows for value in where.holds([row])]
+    assert [str(value) for value in held] == [str(value) for value in alone]
