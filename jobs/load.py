@@ -46,9 +46,13 @@ def build_spec(data: dict[str, Any], overrides: Sequence[str] = (), *, origin: s
 
 
 def _refuse_odd_text(value: Any, *, key: str, origin: str) -> None:
-    """Raises SpecError for text with half a character in it: UTF-8 and Arrow cannot hold it."""
+    """Raises SpecError for text with half a character in it, which neither UTF-8 nor Arrow can
+    hold, and with a NUL, which no file's name can.
+    """
     if isinstance(value, str) and not _is_unicode(value):
         raise SpecError(f"{origin}: {key}: {value!a:.60} is not valid Unicode text")
+    if isinstance(value, str) and "\0" in value:
+        raise SpecError(f"{origin}: {key}: {value!a:.60} has a NUL in it; take it out")
     inside = value.items() if isinstance(value, dict) else ()
     for name, each in enumerate(value) if isinstance(value, list) else inside:
         _refuse_odd_text(each, key=f"{key}.{name}" if key else str(name), origin=origin)

@@ -24,6 +24,10 @@ _CORE = [
 ]
 
 
+MOST_DIGITS = 300
+"""Of a whole number: Python refuses to write longer ones, at some length."""
+
+
 class Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars and no key given twice."""
 
@@ -45,6 +49,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
+        if len(text) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(text)} digits")
         return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
 
 

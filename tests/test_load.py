@@ -112,7 +112,7 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, message: s
     "text",
     [
         *("!!int abc", "!!int ''", "!!float ''", "!!bool maybe", "!!timestamp abc"),
-        *("!!timestamp 2024-99-99", "1" * 5000, "[" * 3000),
+        *("!!timestamp 2024-99-99", "1" * 5000, "0x" + "f" * 5000, "[" * 3000),
     ],
 )
 def test_a_value_that_yaml_cannot_make_is_an_error_of_yaml(text: str) -> None:
@@ -268,6 +268,12 @@ def test_text_with_half_a_character_is_told_with_its_key() -> None:
     assert told == "job.yaml: ask.0.prompt: 'b\\udc80' is not valid Unicode text"
 
 
+@pytest.mark.parametrize("path", ["a\0b", "~\0"])
+def test_a_path_with_a_nul_in_it_is_told_with_its_key(path: str) -> None:
+    told = mistakes_of(output={"path": path})
+    assert told == f"job.yaml: output.path: {path!a} has a NUL in it; take it out"
+
+
 def test_a_mistake_inside_a_list_of_paths_names_the_entry() -> None:
     told = mistakes_of(source={"format": "images", "path": ["a", 5]})
     assert told == "job.yaml: source.path.1: 5 should be a string"
@@ -362,7 +368,7 @@ def test_a_model_that_is_no_local_folder_keeps_its_name(
 
 @st.composite
 def jobs(draw: st.DrawFn) -> JobSpec:
-    text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
     ids = draw(st.lists(text.filter(lambda t: t != "questions"), min_size=1, unique=True))
     ask: list[dict[str, Any]] = [{"id": name, "prompt": draw(text)} for name in ids]
     if draw(st.booleans()):
