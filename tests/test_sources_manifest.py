@@ -487,6 +487,7 @@ class TestVqa:
         [
             ({"data_subtype": None}, "item 0: the file does not say which images it means"),
             ({"questions": [{"image_id": "x", "question_id": 1, "question": "x?"}]}, "image_id"),
+            ({"questions": [{"image_id": "9" * 5000, "question_id": 1, "question": "x?"}]}, "no n"),
         ],
     )
     def test_images_that_cannot_be_named_are_missing(
@@ -943,6 +944,18 @@ def assert_outcomes(folder: Path, data: bytes, name: str) -> None:
                 pa.array([sample.sample_id, *sample.keep.values()], pa.string())
                 for kept in filter(None, sample.keep.values()):
                     json.loads(str(kept), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("form", ["{}", '{{"x": {}}}'])
+def test_a_row_that_is_nested_too_deep_fails_alone(tmp_path: Path, form: str) -> None:
+    """The limit is far from where Python's stack ends, so that nobody who asks meets that first."""
+    for depth, is_read in ((99, True), (101, False), (600, False), (5000, False)):
+        deep = form.format('{"x":' * depth + "1" + "}" * depth)
+        (tmp_path / "m.jsonl").write_text(f'{deep}\n{{"image": "a.png"}}\n')
+        [one, two] = read_file(tmp_path / "m.jsonl", keep=["x"])
+        assert two.error is None
+        assert is_read or "nested more than 100 levels deep" in str(one.error)
+        assert (one.error is None) == is_read
 
 
 class TestFuzz:

@@ -31,6 +31,7 @@ from tests.shards import image_bytes, json_bytes, sample_members, tar_bytes, wri
 
 PNG = image_bytes()
 HEADER = 512
+DEEP = b'{"url": ' + b"[" * 100 + b"]" * 100 + b"}"
 
 
 def zstd(data: bytes) -> bytes:
@@ -231,11 +232,11 @@ class TestColumns:
         assert [s.sample_id for s in samples] == ["x", "7", "2", "3"]
 
     def test_kept_columns_are_json_text(self, tmp_path: Path) -> None:
-        names = ["url", "n", "tags", "none", "nan", "missing", "txt", "cls", "__key__"]
+        names = ["url", "n", "tags", "none", "nan", "huge", "missing", "txt", "cls", "__key__"]
         members = [
             ("a.png", PNG),
             ("a.json", b'{"url": "\xc3\xa9", "n": 1.5, "tags": ["\\ud800"], "none": null, '
-             b'"nan": NaN}'),
+             b'"nan": NaN, "huge": {"x": [1e999]}}'),
             ("a.txt", b"a cat"),
             ("a.cls", b"3"),
         ]  # fmt: skip
@@ -248,13 +249,14 @@ class TestColumns:
             "tags": '["\ufffd"]',
             "none": None,
             "nan": None,
+            "huge": '{"x": [null]}',
             "missing": None,
             "txt": '"a cat"',
             "cls": '"3"',
             "__key__": '"a"',
         }
 
-    @pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff\xfe\xfd", b"[" * 100_000, b""])
+    @pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff\xfe\xfd", b"[" * 100_000, b"", DEEP])
     def test_a_broken_json_member_leaves_the_image(self, tmp_path: Path, data: bytes) -> None:
         options = {"keep": ["url"], "columns": {"conversation": "talk", "id": "uid"}}
         [sample] = read_members(tmp_path, [("a.png", PNG), ("a.json", data)], **options)

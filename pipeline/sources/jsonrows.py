@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pipeline.sources.archive import BUFFER_BYTES, GZIP_MAGIC
+from pipeline.sources.jsonvalues import DECODER, is_too_deep, parsed, too_deep
 from pipeline.sources.opened import open_file
 from pipeline.sources.uris import shown
 from schemas.errors import ShardUnreadable
@@ -158,12 +159,12 @@ def _lines(stream: io.BufferedIOBase) -> Iterator[Entry]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return _DECODER.decode(line.decode())
+        return parsed(line.decode())
     except json.JSONDecodeError as error:
         return NoRow(f"it is no JSON: {error.msg} at character {error.pos}")
     except UnicodeDecodeError as error:
         return NoRow(f"it is no UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return NoRow(f"it cannot be read: {error}")
 
 
@@ -190,8 +191,6 @@ def _listed(text: "JsonText", header: dict[str, Any]) -> Iterator[tuple[str, obj
     text.take("}")
 
 
-# NaN and Infinity are no JSON, but Python writes them for missing numbers.
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """How `surrogateescape` writes bytes that are no UTF-8."""
@@ -240,12 +239,13 @@ class JsonText:
     def value(self) -> object:
         """The next value; raises NoRow where none can be read.
 
-        One that holds bytes which are no UTF-8 is a NoRow itself: what follows it can be read.
+        One that holds bytes which are no UTF-8, or is nested too deep, is a NoRow itself: what
+        follows it can be read.
         """
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 pending = len(self._text) - self._at
                 if pending < MOST_ROW_BYTES and self._more(pending):
@@ -258,6 +258,8 @@ class JsonText:
         is_text = _UNDECODED.search(self._text, self._at, end) is None
         self.has_passed_lines |= self._text.find("\n", self._at, end) >= 0
         self._at = end
+        if is_too_deep(value):
+            return NoRow(f"it cannot be read: {too_deep()}")
         return value if is_text else NoRow("it is no UTF-8")
 
     def _more(self, least: int = 1) -> bool:

@@ -38,6 +38,8 @@ IMAGE_MARK = "<image>"
 TALK = "conversations"
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 MOST_LISTED = 20
+MOST_DIGITS = 18
+"""Of a number that is written as text."""
 
 Row = Mapping[str, Any]
 
@@ -153,7 +155,7 @@ def _vqa_name(row: Row, header: Mapping[str, Any]) -> str:
     """The file of an image of VQA, real (COCO's) or of an abstract scene. Raises _NoImage."""
     number, part = row.get("image_id"), header.get("data_subtype")
     kind = header.get("data_type") or "mscoco"
-    if isinstance(number, str) and number.isdecimal():
+    if isinstance(number, str) and number.isdecimal() and len(number) <= MOST_DIGITS:
         number = int(number)
     if not isinstance(number, int) or isinstance(number, bool):
         raise _NoImage(f"image_id is {number!r:.40}, no number; name source.columns.image")

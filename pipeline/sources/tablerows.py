@@ -12,6 +12,7 @@ import pyarrow.types as pt
 
 from pipeline.sources.base import KEY, Question, Sample, Turn, valid_text
 from pipeline.sources.columns import Unfit, fitted, image_column
+from pipeline.sources.jsonvalues import parsed
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
 from pipeline.where import columns_of, where_of
@@ -156,10 +157,7 @@ def _json_value(cell: pa.Scalar | None) -> object:
         text = _text(cell)
         if not text.lstrip().startswith(("[", "{")):
             return text
-        try:
-            return json.loads(text, parse_constant=lambda _: None)
-        except RecursionError as error:
-            raise ValueError("its JSON is nested too deeply") from error
+        return parsed(text)
     value = cell.as_py()
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]

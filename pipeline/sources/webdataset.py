@@ -29,6 +29,7 @@ from pipeline.sources.base import (
     valid_text,
 )
 from pipeline.sources.filter import marked
+from pipeline.sources.jsonvalues import json_text, label, parsed
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.storage import list_files
 from pipeline.where import columns_of, where_of
@@ -148,11 +149,11 @@ class WebDataset:
         image = self._image(group, subject=subject)
         return Sample(
             index=index,
-            sample_id=_label(columns.values.get(self.spec.columns.id), default=group.key),
+            sample_id=label(columns.values.get(self.spec.columns.id), default=group.key),
             image=None if isinstance(image, RowError) else image,
             questions=self._questions(columns, subject=subject),
             conversation=self._conversation(columns, subject=subject),
-            keep={name: _json_text(columns.values.get(name)) for name in self.spec.keep},
+            keep={name: json_text(columns.values.get(name)) for name in self.spec.keep},
             fields={name: columns.values.get(name) for name in self._fields},
             error=image if isinstance(image, RowError) else None,
         )
@@ -210,7 +211,7 @@ def _columns(group: _Group) -> _Columns:
     elif (data := group.members.get("json")) is not None:
         try:
             values.update(_json_object(data))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             broken = f"member .json cannot be read: {error}"
     for suffix in TEXT_SUFFIXES:
         if (text := group.members.get(suffix)) is not None:
@@ -219,22 +220,10 @@ def _columns(group: _Group) -> _Columns:
 
 
 def _json_object(data: bytes) -> dict[str, object]:
-    # NaN and Infinity are no JSON, but Python writes them for missing numbers.
-    value = json.loads(data, parse_constant=lambda _: None)
+    value = parsed(data.decode(json.detect_encoding(data), "surrogatepass"))
     if not isinstance(value, dict):
         raise ValueError(f"it holds {type(value).__name__}, not an object")
     return value
-
-
-def _label(value: object, *, default: str) -> str:
-    """A value as a sample id; the key of the sample where the column is null or missing."""
-    if value is None:
-        value = default
-    return valid_text(value) if isinstance(value, str) else _json_text(value) or ""
-
-
-def _json_text(value: object) -> str | None:
-    return None if value is None else valid_text(json.dumps(value, ensure_ascii=False))
 
 
 def _unreadable(error: ShardUnreadable, index: int) -> ShardUnreadable:
