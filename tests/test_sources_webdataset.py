@@ -22,6 +22,7 @@ from pipeline.sources.webdataset import WebDataset
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
+    ImageTooLarge,
     QuestionsMalformed,
     ShardUnreadable,
     SpecError,
@@ -87,6 +88,14 @@ def assert_breaks_at(samples: list[Sample], rows: int, index: int) -> str:
     assert isinstance(samples[-1].error, ShardUnreadable)
     assert samples[-1].image is None
     return str(samples[-1].error)
+
+
+def with_claimed_size(tar: bytes, name: str, size: int) -> bytes:
+    """The tar with another size in the header of a member."""
+    start = tar.index(name.encode())
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return tar[:start] + info.tobuf(tarfile.GNU_FORMAT) + tar[start + HEADER :]
 
 
 class TestListing:
@@ -220,6 +229,24 @@ class TestImages:
         assert rows == 1
         assert isinstance(samples[0].error, ImageMissing)
         assert "a link to 'other.png'" in str(samples[0].error)
+
+    def test_an_image_that_is_too_large_is_not_read(self, tmp_path: Path) -> None:
+        members = [("a.png", bytes(101)), ("a.json", json_bytes({"questions": ["x?"]}))]
+        [large, small] = read_members(tmp_path, [*members, ("b.png", PNG)], max_image_bytes=100)
+        assert large.image is None
+        assert isinstance(large.image_error, ImageTooLarge)
+        assert "sample 'a': member .png has 101 bytes, more than the 100" in str(large.image_error)
+        assert large.questions == (Question("q0", "x?"),)
+        assert (small.image, small.image_error) == (PNG, None)
+
+    def test_a_sparse_image_is_a_row_that_says_so(self, tmp_path: Path) -> None:
+        info = tarfile.TarInfo("a.png")
+        info.size, info.pax_headers = 100, {"GNU.sparse.map": "0,100", "GNU.sparse.size": "9" * 18}
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(info, io.BytesIO(bytes(100)))
+        [sample], _ = read_raw(tmp_path, file.getvalue())
+        assert "member .png is stored as a sparse file; write" in str(sample.error)
 
 
 class TestColumns:
@@ -425,6 +452,24 @@ class TestBrokenArchives:
         data[-8] ^= 0xFF
         samples, rows = read_raw(tmp_path, bytes(data))
         assert "CRC" in assert_breaks_at(samples, rows, 4)
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize("size", [2**40, 2**62])
+    def test_a_header_that_claims_more_than_there_is_breaks_the_shard_at_once(
+        self, tmp_path: Path, size: int
+    ) -> None:
+        members = [*sample_members(2), ("001.bin", b"not asked for")]
+        for name in ("000.png", "001.png", "001.bin"):
+            data = with_claimed_size(tar_bytes(members), name, size)
+            samples, rows = read_raw(tmp_path, data)
+            assert "bytes are missing" in assert_breaks_at(samples, rows, int(name[:3]))
+
+    def test_a_name_of_gigabytes_is_not_taken_into_memory(self, tmp_path: Path) -> None:
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**30
+        data = info.tobuf(tarfile.GNU_FORMAT) + bytes(2**20)
+        samples, rows = read_raw(tmp_path, tar_bytes(sample_members(1))[: 2 * HEADER] + data)
+        assert "claims to go on for" in assert_breaks_at(samples, rows, 0)
 
     @settings(max_examples=150, deadline=None)
     @given(data=st.data())

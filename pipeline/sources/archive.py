@@ -24,6 +24,13 @@ GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BUFFER_BYTES = 2**20
 ZSTD_READ_BYTES = 2**14
+EXTENSIONS = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+    | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+)
+"""Types of headers that tell more of the member after them."""
+MOST_EXTENSION_BYTES = 2**20
+"""What an extension says is taken into memory; one that claims more is broken."""
 BROKEN = (
     gzip.BadGzipFile,
     tarfile.TarError,
@@ -46,6 +53,13 @@ class _StrictHeader(tarfile.TarInfo):
     """A member's header; one that is broken or missing is an error, not the end."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSIONS and header.size > MOST_EXTENSION_BYTES:
+            raise tarfile.HeaderError(f"it claims to go on for {header.size} bytes")
+        return header
+
+    @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tarfile_)
@@ -53,8 +67,8 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except _NO_BYTES as error:
             raise tarfile.ReadError("it ends without an end-of-archive mark") from error
-        except (tarfile.HeaderError, ValueError) as error:
-            # ValueError: numbers of extended headers that are none.
+        except (tarfile.HeaderError, ValueError, IndexError) as error:
+            # ValueError, IndexError: extended headers with numbers that are none, or cut off.
             raise tarfile.ReadError(f"no tar header is here: {error}") from error
 
 
@@ -71,6 +85,7 @@ class Archive:
             self.offset = member.offset
             yield member
             self._tar.members.clear()  # tarfile remembers every header that it has seen
+            self._pass_to_next()
         self._expect_end()
 
     def read(self, member: tarfile.TarInfo) -> bytes:
@@ -79,6 +94,16 @@ class Archive:
         if len(data) < member.size:
             raise tarfile.ReadError(f"{member.name!a} has {len(data)} of its {member.size} bytes")
         return data
+
+    def _pass_to_next(self) -> None:
+        """Go to where the next header is due, which is as far away as the latest one has claimed.
+
+        tarfile would go on asking a stream that is over for every block of it.
+        """
+        stream = self._tar.fileobj
+        while (left := self._tar.offset - stream.tell()) > 0:
+            if not stream.read(min(left, BUFFER_BYTES)):
+                raise tarfile.ReadError(f"{left} bytes are missing")
 
     def _expect_end(self) -> None:
         while block := self._tar.fileobj.read(BUFFER_BYTES):

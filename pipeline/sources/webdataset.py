@@ -36,6 +36,7 @@ from pipeline.where import columns_of, where_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
+    ImageTooLarge,
     QuestionsMalformed,
     RowError,
     ShardUnreadable,
@@ -44,15 +45,20 @@ from schemas.job import SourceSpec
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 TEXT_SUFFIXES = ("txt", "cls")
+MOST_COLUMN_BYTES = 16 * 2**20
+"""A larger member is no column."""
 
 
 @dataclass
 class _Group:
-    """The members of one sample so far: suffix -> content, None where nobody asked for it."""
+    """The members of one sample so far: suffix -> content, None where nobody asked for it.
+
+    `unread`: why the content of a member cannot be had, without its name.
+    """
 
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, RowError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,11 @@ class WebDataset:
                 group = _Group(key)
                 index += 1
             wanted = index not in skip and self._wants(suffix, group)
-            self._add(group, suffix, member, archive=archive if wanted else None)
+            group.members[suffix] = None
+            if (why := self._why_unread(member, suffix)) is not None:
+                group.unread[suffix] = why
+            elif wanted:
+                group.members[suffix] = archive.read(member)
         if group is not None:
             yield group
 
@@ -133,15 +143,23 @@ class WebDataset:
         known = self.image_suffix is None and suffix in IMAGE_SUFFIXES
         return known and IMAGE_SUFFIXES.isdisjoint(group.members)
 
-    @staticmethod
-    def _add(
-        group: _Group, suffix: str, member: tarfile.TarInfo, *, archive: Archive | None
-    ) -> None:
-        group.members[suffix] = None
+    def _why_unread(self, member: tarfile.TarInfo, suffix: str) -> RowError | None:
         if not member.isreg():
-            group.links[suffix] = member.linkname
-        elif archive is not None:
-            group.members[suffix] = archive.read(member)
+            return ImageMissing(
+                f"is a link to {valid_text(member.linkname)!r}; write the tar with --dereference "
+                "--hard-dereference"
+            )
+        if member.issparse():
+            return ImageMissing("is stored as a sparse file; write the tar without --sparse")
+        if suffix in self.suffixes:
+            if member.size > MOST_COLUMN_BYTES:
+                return ImageMissing(f"has {member.size} bytes, more than {MOST_COLUMN_BYTES}")
+        elif member.size > self.spec.max_image_bytes:
+            return ImageTooLarge(
+                f"has {member.size} bytes, more than the {self.spec.max_image_bytes} of "
+                "source.max_image_bytes; raise it to decode this image"
+            )
+        return None
 
     def _sample(self, shard: Shard, index: int, group: _Group) -> Sample:
         subject = f"{shard.uri}: sample {valid_text(group.key)!r}"
@@ -150,26 +168,25 @@ class WebDataset:
         return Sample(
             index=index,
             sample_id=label(columns.values.get(self.spec.columns.id), default=group.key),
-            image=None if isinstance(image, RowError) else image,
+            image=image if isinstance(image, bytes) else None,
+            image_error=image if isinstance(image, ImageTooLarge) else None,
             questions=self._questions(columns, subject=subject),
             conversation=self._conversation(columns, subject=subject),
             keep={name: json_text(columns.values.get(name)) for name in self.spec.keep},
             fields={name: columns.values.get(name) for name in self._fields},
-            error=image if isinstance(image, RowError) else None,
+            error=image if isinstance(image, ImageMissing) else None,
         )
 
-    def _image(self, group: _Group, *, subject: str) -> bytes | ImageMissing:
+    def _image(self, group: _Group, *, subject: str) -> bytes | ImageMissing | ImageTooLarge:
         wanted = {self.image_suffix} if self.image_suffix else IMAGE_SUFFIXES
         suffix = next((name for name in group.members if name in wanted), None)
         image = None if suffix is None else group.members[suffix]
         if image is not None:
             return image
         if suffix is not None:
-            target = valid_text(group.links.get(suffix, ""))
-            return ImageMissing(
-                f"{subject}: member .{suffix} is a link to {target!r}; "
-                "write the tar with --dereference --hard-dereference"
-            )
+            why = group.unread[suffix]
+            kind = ImageTooLarge if isinstance(why, ImageTooLarge) else ImageMissing
+            return kind(f"{subject}: member .{suffix} {why}")
         kinds = ", ".join(f".{name}" for name in sorted(wanted - {None}, key=str))
         there = ", ".join(f".{valid_text(name)}" for name in group.members)
         return ImageMissing(
@@ -206,8 +223,8 @@ def _split(name: str) -> tuple[str, str]:
 def _columns(group: _Group) -> _Columns:
     values: dict[str, object] = {}
     broken = None
-    if "json" in group.links:
-        broken = "member .json is a link"
+    if "json" in group.unread:
+        broken = f"member .json {group.unread['json']}"
     elif (data := group.members.get("json")) is not None:
         try:
             values.update(_json_object(data))
