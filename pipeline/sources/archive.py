@@ -5,6 +5,7 @@ would be lost without a word. Here all of these are ShardUnreadable. Only the me
 memory. This module knows members, not samples.
 """
 
+import functools
 import gzip
 import io
 import lzma
@@ -90,7 +91,9 @@ class Archive:
 
     def read(self, member: tarfile.TarInfo) -> bytes:
         """The content of the latest member, whole."""
-        data: bytes = self._tar.extractfile(member).read()
+        file = self._tar.extractfile(member)
+        # In pieces: tarfile would copy all of it once more.
+        data = b"".join(iter(functools.partial(file.read, BUFFER_BYTES), b""))
         if len(data) < member.size:
             raise tarfile.ReadError(f"{member.name!a} has {len(data)} of its {member.size} bytes")
         return data
