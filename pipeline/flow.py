@@ -23,6 +23,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from pipeline.batches import batches_of, packed, unpacked
 from pipeline.encode import Encode
 from pipeline.footer import Fingerprint
 from pipeline.gate import Gate
@@ -40,6 +41,8 @@ CALLS_AT_ONCE = 2
 """Batches in one engine: the next one begins while the last answers of one are given."""
 BATCHES_AHEAD = 2
 """Those that wait at an engine, so that it never does."""
+BATCH_BYTES = 16 * 2**20
+"""A batch of images that come to more has fewer rows."""
 TICK_S = 0.25
 BUNDLES_AHEAD = 2
 JOIN_S = 10.0
@@ -79,6 +82,7 @@ def answer(
     once. Needs a Ray session.
     """
     _quiet()
+    _bound(run.resources.bytes_in_flight)
     gate = Gate()
     gathered = Gathered(run.job.output, keep=run.keep, fingerprint=run.fingerprint, say=say)
     interval_s = run.job.output.commit_interval_s
@@ -110,7 +114,7 @@ def _tell_failures(gate: Gate, say: Callable[[str], None]) -> None:
 
 def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
     job, keep, r = run.job, run.keep, run.resources
-    prepare = functools.partial(Encode, job, keep)
+    prepare = functools.partial(_Prepare, job, keep)
     generate = functools.partial(Generate, job, keep, run_id=run.run_id, threads=r.generate_threads)
     prepared, answered = with_keep(PREPARED, keep), answered_schema(keep)
     return (
@@ -118,7 +122,7 @@ def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
         .map_batches(
             Stage,
             fn_constructor_args=("prepare", prepare, gate, prepared.empty_table()),
-            batch_size=r.batch_size,
+            batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 min_size=r.preprocess_actors[0], max_size=r.preprocess_actors[1]
@@ -143,32 +147,44 @@ def _chain(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
 
 
 def _samples(run: Run, work: Sequence[ShardWork], gate: Gate) -> ray.data.Dataset:
-    """The rows still to be answered, in blocks of one batch."""
+    """The rows still to be answered, in blocks of one batch, which is packed as one row."""
     limit = run.job.source.limit
     tasks = [{"task": pickle.dumps(task)} for task in read_tasks(work, limit=limit)]
     read = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _read,
-        fn_kwargs={"job": run.job, "keep": run.keep, "gate": gate},
+        fn_kwargs={"run": run, "gate": gate},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=run.resources.read_cpus,
     )
-    cut = read.repartition(target_num_rows_per_block=run.resources.batch_size)
+    cut = read.repartition(target_num_rows_per_block=1)
     # Ray has no argument for what cutting costs. Said to cost what reading does, it becomes a part
     # of the reading tasks; else it takes tasks of a whole CPU, which a small machine never has.
     cut._logical_plan.dag.ray_remote_args["num_cpus"] = run.resources.read_cpus
     return cut
 
 
-def _read(
-    batch: pa.Table, *, job: JobSpec, keep: Mapping[str, pa.DataType], gate: Gate
-) -> Iterator[pa.Table]:
+def _read(batch: pa.Table, *, run: Run, gate: Gate) -> Iterator[pa.Table]:
     for task in batch["task"].to_pylist():
-        for table in read_shards(job, pickle.loads(task), keep=keep, on_failure=gate.tell_failure):
+        tables = read_shards(
+            run.job, pickle.loads(task), keep=run.keep, on_failure=gate.tell_failure
+        )
+        for rows in batches_of(tables, rows=run.resources.batch_size, n_bytes=BATCH_BYTES):
             # What is left out here, end marks and all, is read again by the next run.
             if not gate.is_open():
                 return
-            yield table
+            yield packed(rows)
+            del rows
+
+
+class _Prepare:
+    """`Encode`, for a packed batch."""
+
+    def __init__(self, job: JobSpec, keep: Mapping[str, pa.DataType]) -> None:
+        self._encode = Encode(job, keep)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self._encode(unpacked(batch))
 
 
 def read_tasks(work: Sequence[ShardWork], *, limit: int | None) -> list[ReadTask]:
@@ -283,6 +299,12 @@ def _quiet() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL + 1)
+
+
+def _bound(bytes_in_flight: int) -> None:
+    """Ray Data begins nothing new while more than this lies in its object store."""
+    limits = ray.data.ExecutionResources(object_store_memory=bytes_in_flight)
+    ray.data.DataContext.get_current().execution_options.resource_limits = limits
 
 
 @contextlib.contextmanager

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from schemas.errors import SpecError
 from schemas.job import ResourcesSpec
 
+ACTOR_BYTES = 256 * 2**20
+"""What may wait for an actor, and come from it."""
+
 
 @dataclass(frozen=True)
 class Resources:
-    """Logical CPUs and GPUs of one task or actor of each stage, and how many actors there are."""
+    """Logical CPUs and GPUs of one task or actor of each stage, and how many actors there are.
+
+    `bytes_in_flight`: what may lie between the stages of all of them.
+    """
 
     read_cpus: float
     preprocess_actors: tuple[int, int]
@@ -24,6 +30,7 @@ class Resources:
     generate_gpus: float
     generate_threads: int
     batch_size: int
+    bytes_in_flight: int
 
     @property
     def cpus_needed(self) -> float:
@@ -54,15 +61,17 @@ def resolve_resources(spec: ResourcesSpec, cluster: Mapping[str, float]) -> Reso
     preprocess_cpus = spec.preprocess.cpus or stage_cpus
     spare = cpus - actors * generate_cpus - 2 * stage_cpus
     most = max(1, int(spare / preprocess_cpus)) if is_roomy else 1
+    preprocess_actors = spec.preprocess.actors or (1, most)
     return Resources(
         read_cpus=stage_cpus,
-        preprocess_actors=spec.preprocess.actors or (1, most),
+        preprocess_actors=preprocess_actors,
         preprocess_cpus=preprocess_cpus,
         generate_actors=actors,
         generate_cpus=generate_cpus,
         generate_gpus=spec.generate.gpus if spec.generate.gpus is not None else min(1.0, gpus),
         generate_threads=max(1, int(cpus // actors)),
         batch_size=spec.generate.batch_size,
+        bytes_in_flight=spec.bytes_in_flight or ACTOR_BYTES * (preprocess_actors[1] + actors),
     )
 
 

@@ -312,6 +312,12 @@ class ResourcesSpec(Spec):
 
     preprocess: PreprocessResources = Field(PreprocessResources(), description="CPU actors.")
     generate: GenerateResources = Field(GenerateResources(), description="Accelerator actors.")
+    bytes_in_flight: int | None = Field(
+        None,
+        gt=0,
+        description="Images and pixels that lie between the stages, in Ray's object store: no "
+        "stage begins anything while they are more bytes; null: 256 MiB for each actor.",
+    )
 
 
 class JobSpec(Spec):

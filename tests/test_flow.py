@@ -33,10 +33,12 @@ def _ray() -> Iterator[None]:
         yield
 
 
-def small_job(folder: Path, **output: Any) -> JobSpec:
+def small_job(folder: Path, *, in_flight: int | None = None, **output: Any) -> JobSpec:
     """12 images with two questions each, in blocks of 4 images and one of the end mark."""
     write_shapes(folder / "in", shards=1, images=12)
-    return job_of(folder / "in", folder / "out", output={"path": str(folder / "out"), **output})
+    resources = {"generate": {"batch_size": 4}, "bytes_in_flight": in_flight}
+    output = {"path": str(folder / "out"), **output}
+    return job_of(folder / "in", folder / "out", output=output, resources=resources)
 
 
 def steps_of(job: JobSpec, *, stop: threading.Event | None = None) -> Any:
@@ -67,9 +69,9 @@ def part_rows(steps: Any) -> list[int]:
     [
         ({"commit_interval_s": 600}, [24]),
         ({"commit_interval_s": 600, "rows_per_file": 10}, [16, 8]),
-        ({"commit_interval_s": 0}, [0, 8, 8, 8]),
+        ({"commit_interval_s": 0, "in_flight": 1}, [0, 8, 8, 8]),
     ],
-    ids=["the end", "a file full", "every batch"],
+    ids=["the end", "a file full", "every batch, with no room for any"],
 )
 def test_answers_become_durable_with(
     tmp_path: Path, output: dict[str, Any], expected: list[int]

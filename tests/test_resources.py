@@ -40,3 +40,13 @@ def test_gpus_that_are_not_there_are_refused() -> None:
     cluster = {"CPU": 8.0}
     with pytest.raises(SpecError, match=r"needs 1 GPUs.*there are 0"):
         check_fits(resolve_resources(spec, cluster), cluster)
+
+
+def test_what_is_in_flight_is_bounded_by_the_spec_else_by_the_number_of_actors() -> None:
+    small, large = {"CPU": 2.0}, {"CPU": 64.0, "GPU": 4.0}
+    spec = ResourcesSpec.model_validate({"bytes_in_flight": 2**20})
+    assert resolve_resources(spec, large).bytes_in_flight == 2**20
+    assert resolve_resources(ResourcesSpec(), small).bytes_in_flight == 2 * 2**28
+    resources = resolve_resources(ResourcesSpec(), large)
+    actors = resources.preprocess_actors[1] + resources.generate_actors
+    assert resources.bytes_in_flight == actors * 2**28
