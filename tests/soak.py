@@ -1,6 +1,6 @@
-"""Jobs that are killed, cut off and started twice, at any length; `make soak` runs it in full.
+"""Jobs that are killed, cut off, started twice and fed nonsense; `make soak` runs it in full.
 
-    python -m tests.soak [SCENARIO ...] [--seed N]
+    python -m tests.soak [SCENARIO ...] [--seed N] [--seconds N]
 
 Prints a JSON object for each scenario: what was done, what was counted, and its `faults`, which
 have to be none. `tests/test_kills.py` runs the same scenarios at lower counts.
@@ -24,6 +24,7 @@ from typing import Any
 
 from tests.complete import audited, resumed
 from tests.costs import Life, costs_of, longest_until_durable_s
+from tests.fuzzed import fuzzed
 from tests.kills import Death, Line, read_log
 from tests.processes import LiveRun, kill, title_of, workers_of
 from tests.proxy import Proxy
@@ -37,6 +38,7 @@ from tests.scenes import (
     scene,
     wait_for_answers,
 )
+from tests.soak_memory import gigapixels, tiny_images
 from tests.storms import Storm, storms
 from tests.watch import Watch, watching
 
@@ -52,6 +54,7 @@ WRITE_S = 5.0
 """What a write may take, on a busy machine: a worker for it has to start first."""
 START_S = 15.0
 """About what a run needs until it answers; kills before that fall evenly over it."""
+FUZZ_S = 300.0
 ENDED, HELD = 0, 75
 STAGES = ("read", "encode", "generate", "generated", "write")
 
@@ -341,6 +344,9 @@ SCENARIOS: dict[str, Callable[[Path, int], Figures]] = {
     "steps": lambda folder, seed: steps(folder),
     "steps-s3": lambda folder, seed: with_server(steps, folder),
     "resumes": lambda folder, seed: resumes(folder, shards=10_000),
+    "memory": lambda folder, seed: tiny_images(folder, shards=100, images=1000),
+    "gigapixels": lambda folder, seed: gigapixels(folder, shards=3),
+    "fuzz": lambda folder, seed: fuzzed(seconds=FUZZ_S, seed=seed),
 }
 
 
@@ -353,12 +359,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenario", nargs="*", help=f"of {', '.join(SCENARIOS)}; all, if left out")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--seconds", type=float, default=FUZZ_S, help="how long to fuzz")
     options = parser.parse_args()
+    scenarios = {
+        **SCENARIOS,
+        "fuzz": lambda folder, seed: fuzzed(seconds=options.seconds, seed=seed),
+    }
     faults = 0
-    for name in options.scenario or SCENARIOS:
+    for name in options.scenario or scenarios:
         with tempfile.TemporaryDirectory(prefix="lavaflow-soak-") as folder:
             start = time.monotonic()
-            figures = SCENARIOS[name](Path(folder), options.seed)
+            figures = scenarios[name](Path(folder), options.seed)
         figures["took_s"] = round(time.monotonic() - start)
         sys.stdout.write(json.dumps({"scenario": name, "seed": options.seed, **figures}) + "\n")
         sys.stdout.flush()
