@@ -56,8 +56,9 @@ def gigapixels(folder: Path, *, shards: int) -> Figures:
         members = [(f"{n:02}.{kind.split('.')[-1]}", data) for n, (kind, data) in enumerate(kinds)]
         write_shard(folder / "in" / f"{shard}.tar", members)
     total = shards * len(kinds)
+    job = watched_job(folder, stage_cpus=0.75)
     with machine_of(MACHINE_BYTES):
-        record, faults = watched(watched_job(folder), folder, every_s=0.3, timeout_s=1800)
+        record, faults = watched(job, folder, every_s=0.3, timeout_s=1800)
     peak = record.peak
     if peak.pss * 2**20 > MACHINE_BYTES:
         faults.append(f"{peak.pss:.0f} MB were taken at once")
@@ -70,14 +71,21 @@ def gigapixels(folder: Path, *, shards: int) -> Figures:
     }
 
 
-def watched_job(folder: Path, *, batch_size: int = 16, **output: Any) -> JobSpec:
+def watched_job(
+    folder: Path, *, batch_size: int = 16, stage_cpus: float | None = None, **output: Any
+) -> JobSpec:
+    """`stage_cpus`: of an actor; 0.75 leave two cores room for one task that reads, not two."""
     return job_of(
         folder / "in",
         folder / "out",
         ask=[QUESTION],
         generate={"max_new_tokens": 4},
         output={"path": str(folder / "out"), "commit_interval_s": 5, **output},
-        resources={"generate": {"batch_size": batch_size}, "bytes_in_flight": BYTES_IN_FLIGHT},
+        resources={
+            "preprocess": {"cpus": stage_cpus},
+            "generate": {"batch_size": batch_size, "cpus": stage_cpus},
+            "bytes_in_flight": BYTES_IN_FLIGHT,
+        },
     )
 
 
