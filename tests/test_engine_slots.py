@@ -145,13 +145,13 @@ def unmasked_future(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = live._grid
+    right = passes.grid_of
 
     def wrong(slots: Any, *rest: Any) -> Any:
         grid = right(slots, *rest)
         return passes.Grid(grid.row_of, grid.place_of.roll(1))
 
-    monkeypatch.setattr(live, "_grid", wrong)
+    monkeypatch.setattr(live, "grid_of", wrong)
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

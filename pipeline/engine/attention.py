@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+LOWEST = torch.finfo(torch.float32).min
 _NUMBERS = itertools.count()
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -111,7 +112,7 @@ class Bias:
 def attend_part(asked: Asked, query: torch.Tensor, keys: Pair, bias: Bias | None) -> Part:
     """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
 
-    Where every key is hidden, `lse` is minus infinity and `out` of no meaning.
+    Where every key is hidden, `lse` is minus infinity and `out` zero.
     """
     attended = _by_products if asked.eager else _by_flash
     part = attended(query, keys, None if bias is None else bias.added, scale=asked.scale)
@@ -136,31 +137,36 @@ def _by_products(
     if bias is not None:
         scores = scores + bias
     lse = scores.logsumexp(-1)
-    return Part(torch.matmul((scores - lse[..., None]).exp().to(value.dtype), value), lse)
+    # Where all keys are hidden, there is nothing to subtract.
+    weights = (scores - lse.clamp(min=LOWEST)[..., None]).exp()
+    return Part(torch.matmul(weights.to(value.dtype), value), lse)
 
 
 def joined(a: Part, b: Part) -> torch.Tensor:
     """The attention over the keys of both; `b` sees one at least."""
     share = torch.sigmoid(a.lse - b.lse)[..., None]
-    # Where all of `a` is hidden, its part may be no number.
-    first = torch.where(share > 0, a.out.float() * share, 0)
-    return (first + b.out.float() * (1 - share)).to(a.out.dtype)
+    return torch.lerp(b.out.float(), a.out.float(), share).to(a.out.dtype)
 
 
-def attend_causally(asked: Asked, start: int, stop: int) -> torch.Tensor:
-    """[heads, stop - start, dim]: a stretch of the sequence over itself."""
-    mask = None
-    if asked.window is not None and stop - start > asked.window:
-        places = torch.arange(stop - start, device=asked.query.device)
+def attend_causally(
+    asked: Asked, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """[N, heads, tokens, dim]: stretches of the sequence, each over itself.
+
+    Where one is padded behind its end, no token of its own sees that.
+    """
+    tokens, mask = query.shape[2], None
+    if asked.window is not None and tokens > asked.window:
+        places = torch.arange(tokens, device=query.device)
         mask = is_seen(places[:, None] - places[None, :], asked.window)
     return F.scaled_dot_product_attention(
-        asked.query[None, :, start:stop],
-        asked.key[None, :, start:stop].repeat_interleave(asked.group, 1),
-        asked.value[None, :, start:stop].repeat_interleave(asked.group, 1),
+        query,
+        key.repeat_interleave(asked.group, 1),
+        value.repeat_interleave(asked.group, 1),
         attn_mask=mask,
         is_causal=mask is None,
         scale=asked.scale,
-    )[0]
+    )
 
 
 def is_seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:

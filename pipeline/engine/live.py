@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.kv import KVArena, Shape
-from pipeline.engine.passes import Decode, Grid
+from pipeline.engine.passes import Decode, grid_of
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
 
@@ -209,7 +209,7 @@ class Live:
             own_tokens=torch.from_numpy(own).to(device),
             longest_prefix=int(prefix.max()),
             longest_own=int(own.max()),
-            grid=None if is_one_by_one else _grid(slots, len(self.jobs), device),
+            grid=None if is_one_by_one else grid_of(slots, len(self.jobs), device),
         )
 
     def resized(self, shape: Shape, size: Size) -> "Live":
@@ -220,16 +220,3 @@ class Live:
         other.tokens[: len(self.rows)] = self.tokens[: len(self.rows)]
         other.jobs, other.rows = self.jobs, self.rows
         return other
-
-
-def _grid(slots: np.ndarray, count: int, device: torch.device) -> Grid:
-    """`slots`: of each row; there are `count`."""
-    counts = np.bincount(slots, minlength=count)
-    order = np.argsort(slots, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    within = np.empty(len(slots), dtype=np.int64)
-    within[order] = np.arange(len(slots)) - np.repeat(starts, counts)
-    row_of = np.zeros((count, int(counts.max())), dtype=np.int64)
-    row_of[slots, within] = np.arange(len(slots))
-    place_of = slots * row_of.shape[1] + within
-    return Grid(torch.from_numpy(row_of).to(device), torch.from_numpy(place_of).to(device))

@@ -7,6 +7,7 @@ Decode    one token for each row, over the prefix of its slot and its own tokens
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from pipeline.engine.attention import (
@@ -38,102 +39,137 @@ class PromptPart:
 
 
 class Prefill:
-    """A pass over prompts, an image at a time."""
+    """A pass over prompts.
+
+    A lone question follows its prefix: both are one causal stretch. Other questions look at their
+    prefix through its slot. What is shorter than its neighbours is padded by its last token.
+    """
 
     def __init__(
         self, parts: Sequence[PromptPart], *, prefixes: KVArena, branches: KVArena
     ) -> None:
-        self._prompts = [_Prompt(part, prefixes.device) for part in parts]
+        device = prefixes.device
         self._prefixes, self._branches = prefixes, branches
+        new = [part for part in parts if part.prefix is not None]
+        self._slots = torch.tensor([part.slot for part in new], device=device)
+        self._written = _Stretches([part.prefix for part in new if part.prefix], device)
+        self._causal = _Stretches([_causal_stretch(part) for part in new], device)
+        questions = [question for part in parts for question in part.questions]
+        self._rows = torch.tensor([row for _, _, row in questions], device=device)
+        self._questions = _Stretches([(start, stop) for start, stop, _ in questions], device)
+        looking = [part for part in parts if not _is_one_stretch(part)]
+        self._looking = _Looking(looking, device) if looking else None
 
     def attend(self, asked: Asked) -> torch.Tensor:
         out = torch.empty_like(asked.query)
         prefixes, branches = self._prefixes.layer(asked.layer), self._branches.layer(asked.layer)
-        for prompt in self._prompts:
-            prompt.attend(asked, out, prefixes=prefixes, branches=branches)
+        for new, prefix, branch in zip((asked.key, asked.value), prefixes, branches, strict=True):
+            if self._written.count:
+                prefix[self._slots, :, : self._written.longest] = self._written.of(new)
+            branch[self._rows, :, : self._questions.longest] = self._questions.of(new)
+        if self._causal.count:
+            stretches = (self._causal.of(each) for each in (asked.query, asked.key, asked.value))
+            self._causal.put(out, attend_causally(asked, *stretches))
+        if self._looking:
+            self._looking.attend(asked, out, prefixes)
         return out.transpose(0, 1)
 
 
-class _Prompt:
-    """A PromptPart at work. Its questions are padded by repeating their last token."""
+def _is_one_stretch(part: PromptPart) -> bool:
+    return part.prefix is not None and len(part.questions) == 1
 
-    def __init__(self, part: PromptPart, device: torch.device) -> None:
-        self._part = part
-        lengths = torch.tensor([stop - start for start, stop, _ in part.questions], device=device)
-        starts = torch.tensor([start for start, _, _ in part.questions], device=device)
-        self._count, self._longest = len(part.questions), int(lengths.max())
-        columns = torch.arange(self._longest, device=device)
-        self._is_there = columns[None, :] < lengths[:, None]
-        self._places = starts[:, None] + torch.minimum(columns[None, :], lengths[:, None] - 1)
-        self._rows = torch.tensor([row for _, _, row in part.questions], device=device)
 
-    def attend(self, asked: Asked, out: torch.Tensor, *, prefixes: Pair, branches: Pair) -> None:
-        """Write keys and values, and the attention into `out` [heads, tokens, dim]."""
-        slot, prefix = self._part.slot, self._part.prefix
-        own = asked.key[:, self._places], asked.value[:, self._places]
-        for kept, new in zip(branches, own, strict=True):
-            kept[self._rows, :, : self._longest] = new.transpose(0, 1)
-        if prefix is not None:
-            start, stop = prefix
-            for kept, new in zip(prefixes, (asked.key, asked.value), strict=True):
-                kept[slot, :, : stop - start] = new[:, start:stop]
-            if self._count == 1:
-                # A lone question follows its prefix: both are one causal sequence.
-                stop = self._part.questions[0][1]
-                out[:, start:stop] = attend_causally(asked, start, stop)
-                return
-            out[:, start:stop] = attend_causally(asked, start, stop)
-        tokens = self._part.prefix_tokens
-        shared = prefixes[0][slot, :, :tokens], prefixes[1][slot, :, :tokens]
-        answer = self._attend_questions(asked, own, shared)
-        out[:, self._places[self._is_there]] = answer[self._is_there].transpose(0, 1)
+def _causal_stretch(part: PromptPart) -> tuple[int, int]:
+    assert part.prefix is not None
+    start, stop = part.prefix
+    return (start, part.questions[0][1]) if _is_one_stretch(part) else (start, stop)
 
-    def _attend_questions(self, asked: Asked, own: Pair, prefix: Pair) -> torch.Tensor:
-        """[questions, longest, heads, dim]"""
+
+class _Stretches:
+    """Stretches of the flat sequence, (start, stop) each, side by side."""
+
+    def __init__(self, stretches: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self.count = len(stretches)
+        self.longest = max((stop - start for start, stop in stretches), default=0)
+        starts, stops = (
+            torch.tensor([pair[n] for pair in stretches], device=device) for n in (0, 1)
+        )
+        columns = torch.arange(self.longest, device=device)
+        places = starts[:, None] + columns
+        self._there = places < stops[:, None]
+        self._places = torch.minimum(places, stops[:, None] - 1)
+        self._flat = self._places[self._there]
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """From [heads, tokens, dim] to [count, heads, longest, dim]."""
+        return tokens[:, self._places].transpose(0, 1)
+
+    def put(self, out: torch.Tensor, found: torch.Tensor) -> None:
+        """The reverse, into `out`."""
+        out[:, self._flat] = found.transpose(0, 1)[:, self._there]
+
+
+class _Looking:
+    """Questions that look at a prefix through its slot, those of one slot together."""
+
+    def __init__(self, parts: Sequence[PromptPart], device: torch.device) -> None:
+        self._slots = torch.tensor([part.slot for part in parts], device=device)
+        self._tokens = torch.tensor([part.prefix_tokens for part in parts], device=device)
+        self._longest_prefix = max(part.prefix_tokens for part in parts)
+        pairs = [(start, stop) for part in parts for start, stop, _ in part.questions]
+        self._questions = _Stretches(pairs, device)
+        counts = [len(part.questions) for part in parts]
+        self._grid = grid_of(np.repeat(np.arange(len(parts)), counts), len(parts), device)
+        self._biases: dict[int | None, tuple[Bias | None, Bias]] = {}
+
+    def attend(self, asked: Asked, out: torch.Tensor, prefixes: Pair) -> None:
         heads, _, dim = asked.query.shape
-        n, longest, group, kv_heads = self._count, self._longest, asked.group, asked.kv_heads
+        n, longest, group, kv_heads = (
+            self._questions.count,
+            self._questions.longest,
+            asked.group,
+            asked.kv_heads,
+        )
+        if asked.window not in self._biases:
+            self._biases[asked.window] = self._prefix_bias(asked), self._own_bias(asked)
+        prefix_bias, own_bias = self._biases[asked.window]
         # [questions, kv_heads, longest * group, dim]
         query = (
-            asked.query[:, self._places]
-            .view(kv_heads, group, n, longest, dim)
-            .permute(2, 0, 3, 1, 4)
+            self._questions.of(asked.query)
+            .reshape(n, kv_heads, group, longest, dim)
+            .transpose(2, 3)
             .reshape(n, kv_heads, longest * group, dim)
         )
-        own = own[0].transpose(0, 1), own[1].transpose(0, 1)
-        over_own = attend_part(asked, query, own, self._own_bias(asked))
-        over_prefix = attend_part(
-            asked,
-            query.transpose(0, 1).reshape(1, kv_heads, n * longest * group, dim),
-            (prefix[0][None], prefix[1][None]),
-            self._prefix_bias(asked),
-        )
-        over_prefix = Part(
-            over_prefix.out.reshape(kv_heads, n, longest * group, dim).transpose(0, 1),
-            over_prefix.lse.reshape(kv_heads, n, longest * group).transpose(0, 1),
-        )
-        return (
+        own = self._questions.of(asked.key), self._questions.of(asked.value)
+        over_own = attend_part(asked, query, own, own_bias)
+        keys, values = (kept[self._slots, :, : self._longest_prefix] for kept in prefixes)
+        over_prefix = over_grid(self._grid, asked, query, (keys, values), prefix_bias)
+        found = (
             joined(over_prefix, over_own)
             .view(n, kv_heads, longest, group, dim)
-            .transpose(1, 2)
-            .reshape(n, longest, heads, dim)
+            .transpose(2, 3)
+            .reshape(n, heads, longest, dim)
         )
+        self._questions.put(out, found)
 
     def _own_bias(self, asked: Asked) -> Bias:
         """[1, 1, longest * group, longest]: causal, and within the window."""
-        places = torch.arange(self._longest, device=asked.query.device)
+        places = torch.arange(self._questions.longest, device=asked.query.device)
         seen = is_seen(places[:, None] - places[None, :], asked.window)
         return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
 
     def _prefix_bias(self, asked: Asked) -> Bias | None:
-        """[1, 1, questions * longest * group, prefix]; null where all of the prefix is seen."""
-        tokens = self._part.prefix_tokens
-        if asked.window is None or tokens + self._longest <= asked.window:
-            return None
-        looking = tokens + torch.arange(self._longest, device=asked.query.device)
-        looked_at = torch.arange(tokens, device=asked.query.device)
-        seen = is_seen(looking[:, None] - looked_at, asked.window)
-        seen = seen.repeat_interleave(asked.group, 0).repeat(self._count, 1)
-        return bias_of(seen[None, None], asked.query.dtype)
+        """[slots, 1, 1, prefix], with a window [slots, 1, most * longest * group, prefix]; null
+        where all of all prefixes is seen."""
+        longest = self._questions.longest
+        columns = torch.arange(self._longest_prefix, device=asked.query.device)
+        seen = (columns < self._tokens[:, None])[:, None]
+        if asked.window is not None:
+            looking = self._tokens[:, None] + torch.arange(longest, device=asked.query.device)
+            within = looking[:, :, None] - columns < asked.window
+            most = self._grid.row_of.shape[1]
+            seen = (seen & within).repeat_interleave(asked.group, 1).repeat(1, most, 1)
+        return None if bool(seen.all()) else bias_of(seen[:, None], asked.query.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,6 +182,19 @@ class Grid:
 
     row_of: torch.Tensor
     place_of: torch.Tensor
+
+
+def grid_of(slots: np.ndarray, count: int, device: torch.device) -> Grid:
+    """`slots`: of each row; there are `count`."""
+    counts = np.bincount(slots, minlength=count)
+    order = np.argsort(slots, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    within = np.empty(len(slots), dtype=np.int64)
+    within[order] = np.arange(len(slots)) - np.repeat(starts, counts)
+    row_of = np.zeros((count, int(counts.max())), dtype=np.int64)
+    row_of[slots, within] = np.arange(len(slots))
+    place_of = slots * row_of.shape[1] + within
+    return Grid(torch.from_numpy(row_of).to(device), torch.from_numpy(place_of).to(device))
 
 
 @dataclass(frozen=True)
@@ -182,7 +231,7 @@ class Decode:
         if self.grid is None:
             over_prefix = attend_part(asked, query, prefixes, shared_bias)
         else:
-            over_prefix = _over_grid(self.grid, asked, query, prefixes, shared_bias)
+            over_prefix = over_grid(self.grid, asked, query, prefixes, shared_bias)
         return joined(over_prefix, over_own).reshape(rows, heads, dim)
 
     def _write(self, asked: Asked) -> Pair:
@@ -214,15 +263,20 @@ class Decode:
         return bias_of(seen[:, None], asked.query.dtype)
 
 
-def _over_grid(grid: Grid, asked: Asked, query: torch.Tensor, prefixes: Pair, bias: Bias) -> Part:
-    """The part of the prefixes, for each row: all rows of a slot look at its prefix together."""
-    _, kv_heads, group, dim = query.shape
+def over_grid(
+    grid: Grid, asked: Asked, query: torch.Tensor, prefixes: Pair, bias: Bias | None
+) -> Part:
+    """The part of the prefixes, for each row: all rows of a slot look at its prefix together.
+
+    `query` [rows, kv_heads, queries, dim]
+    """
+    _, kv_heads, queries, dim = query.shape
     slots, most = grid.row_of.shape
-    together = query[grid.row_of].transpose(1, 2).reshape(slots, kv_heads, most * group, dim)
+    together = query[grid.row_of].transpose(1, 2).reshape(slots, kv_heads, most * queries, dim)
     part = attend_part(asked, together, prefixes, bias)
-    out = part.out.reshape(slots, kv_heads, most, group, dim).transpose(1, 2)
-    lse = part.lse.reshape(slots, kv_heads, most, group).transpose(1, 2)
+    out = part.out.reshape(slots, kv_heads, most, queries, dim).transpose(1, 2)
+    lse = part.lse.reshape(slots, kv_heads, most, queries).transpose(1, 2)
     return Part(
-        out.reshape(slots * most, kv_heads, group, dim)[grid.place_of],
-        lse.reshape(slots * most, kv_heads, group)[grid.place_of],
+        out.reshape(slots * most, kv_heads, queries, dim)[grid.place_of],
+        lse.reshape(slots * most, kv_heads, queries)[grid.place_of],
     )
