@@ -65,8 +65,12 @@ def read_shards(
         n_bytes += len(row.get("image") or b"")
         n_lines += len(row.get("lines", ()))
         if n_bytes >= MAX_TABLE_BYTES or n_lines >= MAX_TABLE_LINES:
-            yield table_of(rows, schema)
+            table = table_of(rows, schema)
+            # What waits for a table to be taken should not hold its images twice.
             rows, n_bytes, n_lines = [], 0, 0
+            del row
+            yield table
+            del table
     if rows:
         yield table_of(rows, schema)
 
