@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, Qwen2Config
 
-from pipeline.engine import live, passes
+from pipeline.engine import grid, live, prefill, step
 from pipeline.engine.kv import shape_of
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Prefix, Request
@@ -139,23 +139,31 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unmasked_future(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        passes, "is_seen", lambda distance, window: torch.ones_like(distance, dtype=torch.bool)
-    )
+    def seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+        return torch.ones_like(distance, dtype=torch.bool)
+
+    monkeypatch.setattr(prefill, "is_seen", seen)
+
+
+def unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+        return torch.ones_like(distance, dtype=torch.bool)
+
+    monkeypatch.setattr(step, "is_seen", seen)
 
 
 def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = passes.grid_of
+    right = live.grid_of
 
     def wrong(slots: Any, *rest: Any) -> Any:
-        grid = right(slots, *rest)
-        return passes.Grid(grid.row_of, grid.place_of.roll(1))
+        found = right(slots, *rest)
+        return grid.Grid(found.row_of, found.place_of.roll(1))
 
     monkeypatch.setattr(live, "grid_of", wrong)
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "joined", lambda a, b: b.out)
+    monkeypatch.setattr(step, "joined", lambda a, b: b.out)
 
 
 def unmoved_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +171,8 @@ def unmoved_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [shifted, unmasked_future, leaking_sibling, lost_prefix, unmoved_keys]
+    "fault",
+    [shifted, unmasked_future, unmasked_padding, leaking_sibling, lost_prefix, unmoved_keys],
 )
 def test_the_comparison_finds(
     llama: Known,

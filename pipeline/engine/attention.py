@@ -2,7 +2,10 @@
 
 A text model of transformers calls whatever attention function its config names. `SlotAttention` is
 such a function. Its tokens come as one flat sequence without padding; which of them belong
-together, and where keys and values go, is told beforehand by a pass (`passes.py`).
+together, and where keys and values go, is told beforehand by a pass:
+
+    prefill.py   prompts
+    step.py      one more token for each answer
 
 A question's attention is computed in two parts, over the prefix that it shares and over itself, and
 put together by the logarithms of their sums, as flash attention does between its blocks.

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pipeline.engine.grid import grid_of
 from pipeline.engine.kv import KVArena, Shape
-from pipeline.engine.passes import Decode, grid_of
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
+from pipeline.engine.step import Decode
 
 NOWHERE = -1
 

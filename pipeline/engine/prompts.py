@@ -7,7 +7,7 @@ import torch
 
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
-from pipeline.engine.passes import Prefill, PromptPart
+from pipeline.engine.prefill import Prefill, PromptPart
 
 
 @dataclass(frozen=True)
