@@ -44,10 +44,12 @@ from tests.watch import Watch, watching
 
 Figures = dict[str, Any]
 
+CALLS_AT_ONCE = 2
+"""As `flow.CALLS_AT_ONCE`, which takes ray.data to look at."""
 BATCHES_AHEAD = 4
 """Answered batches that may wait: `flow.BUNDLES_AHEAD`, one in the driver's hands, one in Ray's."""
-IN_FLIGHT = (1 + BATCHES_AHEAD) * BATCH_SIZE * QUESTIONS
-"""Answers of the batch that is in the engine, and of those that wait."""
+IN_FLIGHT = (CALLS_AT_ONCE + BATCHES_AHEAD) * BATCH_SIZE * QUESTIONS
+"""Answers of the batches that are in the engine, and of those that wait."""
 ROWS_PER_FILE = 100
 """More than an interval's answers, which would else be written sooner."""
 WRITE_S = 5.0
