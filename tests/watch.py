@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from jobs.verify import IDENTITY
+from jobs.tablefiles import IDENTITY
 from pipeline.storage import store_errors
 
 EVERY_S = 0.2
