@@ -123,4 +123,4 @@ def _footer_fault(info: PartInfo, *, rows: pa.Table) -> str | None:
 
 
 def counts_of(column: pa.ChunkedArray) -> dict[str, int]:
-    return {str(v["values"]): v["counts"] for v in pc.valuecounts_of(column).to_pylist()}
+    return {str(v["values"]): v["counts"] for v in pc.value_counts(column).to_pylist()}
