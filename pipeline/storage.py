@@ -105,8 +105,13 @@ def store_errors() -> tuple[type[Exception], ...]:
     imported, or is being imported by another thread, has raised none.
     """
     foreign = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
-    found = (getattr(sys.modules.get(module), name, None) for module, name in foreign)
-    return (OSError, *(error for error in found if error is not None))
+    return (OSError, *_known_errors(*foreign))
+
+
+def _known_errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
+    """The exceptions of modules that are imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(error for error in found if error is not None)
 
 
 def failure_behind(error: FileNotFoundError) -> BaseException | None:
@@ -377,7 +382,8 @@ class Output:
 def _may_pass(error: BaseException) -> bool:
     """Whether a store may do later what it has refused now."""
     final = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, store_errors()) and not isinstance(error, final)
+    without = _known_errors(("botocore.exceptions", "NoCredentialsError"))
+    return isinstance(error, store_errors()) and not isinstance(error, (*final, *without))
 
 
 def _sync_folder(folder: Path) -> None:
