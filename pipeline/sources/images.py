@@ -37,6 +37,7 @@ class Images:
         folders = [spec.image_root or _folder(path) for path in self._lists]
         self.roots = {_root(path, spec) for path in [*self._others, *folders]}
         self._expected: Iterator[tuple[Shard, Sample]] = iter(())
+        self._due: dict[Shard, None] = {}
         self._failure: StoreUnavailable | None = None
 
     def keep_types(self) -> Mapping[str, pa.DataType]:
@@ -55,7 +56,8 @@ class Images:
                 yield Shard(file.uri, file.identity, rows=1)
 
     def expect(self, shards: Iterable[Shard]) -> None:
-        self._expected = self._samples(shards)
+        self._due, self._failure = dict.fromkeys(shards), None
+        self._expected = self._samples(list(self._due))
 
     def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
         if 0 not in skip:
@@ -63,15 +65,17 @@ class Images:
         return 1
 
     def _next(self, shard: Shard) -> Sample:
-        if self._failure:
+        is_due = shard in self._due
+        self._due.pop(shard, None)
+        # What was expected after a failure would fail alike, one after the other.
+        if is_due and self._failure:
             raise self._failure
         try:
-            for expected, sample in self._expected:
+            for expected, sample in self._expected if is_due else ():
                 if expected == shard:
                     return sample
             [(_, sample)] = self._samples([shard])
         except StoreUnavailable as error:
-            # What was expected after it would fail alike, one after the other.
             self._failure = error
             raise
         return sample
