@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs.workload import Vocabulary
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
-from pipeline.engine.load import device_of, load_model, load_processor
+from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized
 from pipeline.engine.reference import random_model, random_processor
 from pipeline.tokenise import tokens_per_image
@@ -38,10 +38,7 @@ class Subject:
     @property
     def end_tokens(self) -> list[int]:
         """Where answers end, unless that is switched off: as a job has it."""
-        named = self.model.generation_config.eos_token_id
-        if named is None:
-            named = self.processor.tokenizer.eos_token_id
-        return [] if named is None else [named] if isinstance(named, int) else list(named)
+        return end_tokens(self.model, self.processor)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.engine.load import device_of, load_model, load_processor
+from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Engine, ImagePixels, Outcome, Prefix, Request
 from schemas.errors import RowError
@@ -61,7 +61,7 @@ class Generate:
         self._image_token_id: int = processor.image_token_id
         self._engine: Engine = engine_of(
             model,
-            eos_token_ids=_end_tokens(model, processor),
+            eos_token_ids=end_tokens(model, processor),
             table=pixel_table(processor),
             attention=job.model.attention,
             resources=job.resources.generate,
@@ -176,11 +176,3 @@ def _waiting(row: dict[str, Any]) -> list[Prompt]:
 def _image(row: dict[str, Any]) -> ImagePixels:
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
     return ImagePixels(pixels, row["image_sha256"])
-
-
-def _end_tokens(model: Any, processor: Any) -> list[int]:
-    """The ids that end an answer: those of the generation config, else the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    if named is None:
-        named = processor.tokenizer.eos_token_id
-    return [] if named is None else [named] if isinstance(named, int) else list(named)

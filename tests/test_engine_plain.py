@@ -1,6 +1,5 @@
 """The plain engine against transformers' `generate` on each prompt alone, unpadded."""
 
-import hashlib
 import itertools
 import random
 import threading
@@ -14,18 +13,17 @@ from PIL import Image
 
 from pipeline.engine.pixels import normalised, pixel_table, resized
 from pipeline.engine.plain import PlainEngine
-from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
+from pipeline.engine.request import Answer, Branch, Prefix, Request
 from schemas.errors import (
     DeviceOutOfMemory,
     NonFiniteLogits,
     SpecError,
     TokenFeatureMismatch,
 )
-from tests.models import noise_image, questions, tiny_model, tiny_processor
+from tests.engine_cases import EOS, Case, alone, cases_of, check, request_of
+from tests.models import noise_image, tiny_model, tiny_processor
 
 N_IMAGES, N_QUESTIONS = 4, 3
-EOS = (2, 31, 57)
-"""31 and 57 are tokens that the random model says often: some answers end with them."""
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +37,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def cases(processor):
-    """(image, prompt, max_new_tokens), several questions on each of several images."""
-    texts = questions(N_IMAGES * N_QUESTIONS)
-    return [
-        (noise_image(i % N_IMAGES), f"USER: <image>\n{text} ASSISTANT:", 3 + i % 9)
-        for i, text in enumerate(texts)
-    ]
-
-
-def request_of(processor, image, prompts, limits):
-    """One request: its prompts must agree up to the image."""
-    ids = [processor(text=p, images=image)["input_ids"][0] for p in prompts]
-    last = max(i for i, token in enumerate(ids[0]) if token == processor.image_token_id)
-    pixels = resized(processor, image)
-    sha = hashlib.sha256(image.tobytes()).hexdigest()
-    branches = [Branch(one[last + 1 :], n) for one, n in zip(ids, limits, strict=True)]
-    return Request(Prefix(ids[0][: last + 1], [ImagePixels(pixels, sha)]), branches)
+def cases():
+    return cases_of(N_IMAGES, N_QUESTIONS)
 
 
 def engine_of(model, processor, *, batch_size=16, eos=EOS):
@@ -63,34 +46,9 @@ def engine_of(model, processor, *, batch_size=16, eos=EOS):
     return PlainEngine(model, eos_token_ids=eos, table=table, batch_size=batch_size)
 
 
-def alone(model, processor, case):
-    """What `generate` says on this one prompt, and the mean log-probability of what it said."""
-    image, prompt, longest = case
-    inputs = processor(text=prompt, images=image, return_tensors="pt")
-    start = inputs["input_ids"].shape[1]
-    whole = model.generate(
-        **inputs, max_new_tokens=longest, do_sample=False, eos_token_id=list(EOS)
-    )
-    with torch.inference_mode():
-        inputs["input_ids"], inputs["attention_mask"] = whole, torch.ones_like(whole)
-        logits = model(**inputs).logits[0, start - 1 : -1].float()
-    said = whole[0, start:]
-    logprob = logits.log_softmax(-1).gather(-1, said[:, None]).mean().item()
-    return said.tolist(), logprob
-
-
 @pytest.fixture(scope="module")
 def expected(model, processor, cases):
     return [alone(model, processor, case) for case in cases]
-
-
-def check(answer, expected):
-    tokens, logprob = expected
-    stopped = tokens[-1] in EOS
-    assert list(answer.token_ids) == (tokens[:-1] if stopped else tokens)
-    assert answer.finish_reason == ("stop" if stopped else "length")
-    assert answer.output_tokens == len(tokens)
-    assert answer.mean_logprob == pytest.approx(logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -99,26 +57,23 @@ def test_tokens_and_logprobs_equal_generate_on_each_prompt_alone(
 ):
     order = list(range(len(cases)))
     random.Random(batch_size).shuffle(order)
-    requests = [request_of(processor, cases[i][0], [cases[i][1]], [cases[i][2]]) for i in order]
+    requests = [request_of(processor, cases[i]) for i in order]
     outcomes = engine_of(model, processor, batch_size=batch_size).submit(requests)
     for i, [answer] in zip(order, outcomes, strict=True):
         check(answer, expected[i])
 
 
 def test_the_cases_tell_images_positions_and_endings_apart(expected):
-    answers = {tuple(tokens) for tokens, _ in expected}
+    answers = {tuple(each.tokens) for each in expected}
     assert len(answers) == len(expected)
-    assert {tokens[-1] in EOS for tokens, _ in expected} == {True, False}
+    assert {each.tokens[-1] in EOS for each in expected} == {True, False}
 
 
 def test_questions_that_share_a_prefix_are_answered_in_their_order(
     model, processor, cases, expected
 ):
     groups = [list(range(i, len(cases), N_IMAGES)) for i in range(N_IMAGES)]
-    requests = [
-        request_of(processor, cases[g[0]][0], [cases[i][1] for i in g], [cases[i][2] for i in g])
-        for g in groups
-    ]
+    requests = [request_of(processor, *(cases[i] for i in g)) for g in groups]
     outcomes = engine_of(model, processor, batch_size=5).submit(requests)
     for group, answers in zip(groups, outcomes, strict=True):
         for i, answer in zip(group, answers, strict=True):
@@ -132,7 +87,7 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_call(
 ):
     chosen = data.draw(st.lists(st.integers(0, len(cases) - 1), min_size=1, max_size=8))
     batch_size = data.draw(st.integers(1, 8))
-    requests = [request_of(processor, cases[i][0], [cases[i][1]], [cases[i][2]]) for i in chosen]
+    requests = [request_of(processor, cases[i]) for i in chosen]
     outcomes = engine_of(model, processor, batch_size=batch_size).submit(requests)
     for i, [answer] in zip(chosen, outcomes, strict=True):
         check(answer, expected[i])
@@ -143,7 +98,7 @@ def test_calls_from_several_threads_do_not_mix(model, processor, cases, expected
     results = {}
 
     def ask(i):
-        results[i] = engine.submit([request_of(processor, *_lists(cases[i]))])
+        results[i] = engine.submit([request_of(processor, cases[i])])
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -157,7 +112,7 @@ def test_calls_from_several_threads_do_not_mix(model, processor, cases, expected
 def test_a_request_without_branches_and_an_empty_call_give_nothing(model, processor, cases):
     engine = engine_of(model, processor)
     assert engine.submit([]) == []
-    request = request_of(processor, cases[0][0], [cases[0][1]], [1])
+    request = request_of(processor, cases[0])
     assert engine.submit([Request(request.prefix, [])]) == [[]]
 
 
@@ -194,7 +149,7 @@ def test_an_image_is_looked_at_once_however_many_questions_and_requests_name_it(
     model, processor, cases
 ):
     watched = Watched(model)
-    requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases]
+    requests = [request_of(processor, c) for c in cases]
     engine_of(watched, processor).submit(requests)
     assert watched.images_seen == N_IMAGES
 
@@ -202,7 +157,7 @@ def test_an_image_is_looked_at_once_however_many_questions_and_requests_name_it(
 def test_padding_moves_no_row_away_from_the_positions_it_has_alone(model, processor, cases):
     """RoPE sees distances only, so that tokens alone would not show a row that is moved."""
     watched = Watched(model)
-    requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases]
+    requests = [request_of(processor, c) for c in cases]
     engine_of(watched, processor).submit(requests)
     lengths = sorted(len(r.prefix.token_ids) + len(r.branches[0].token_ids) for r in requests)
     prefill, step = watched.positions[:2]
@@ -216,7 +171,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_answers_stay_the_same(
     model, processor, cases, expected, error
 ):
     watched = Watched(model, room=3, error=error)
-    requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases]
+    requests = [request_of(processor, c) for c in cases]
     outcomes = engine_of(watched, processor).submit(requests)
     for [answer], one in zip(outcomes, expected, strict=True):
         check(answer, one)
@@ -225,7 +180,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_answers_stay_the_same(
 
 def test_a_row_that_does_not_fit_alone_is_a_failed_row(model, processor, cases):
     watched = Watched(model, room=0, error=CPU_OUT_OF_MEMORY)
-    requests = [request_of(processor, c[0], [c[1]], [c[2]]) for c in cases[:3]]
+    requests = [request_of(processor, c) for c in cases[:3]]
     outcomes = engine_of(watched, processor).submit(requests)
     assert [type(o) for o in itertools.chain(*outcomes)] == [DeviceOutOfMemory] * 3
 
@@ -233,24 +188,19 @@ def test_a_row_that_does_not_fit_alone_is_a_failed_row(model, processor, cases):
 def test_an_error_that_is_not_about_memory_is_not_swallowed(model, processor, cases):
     watched = Watched(model, room=0, error=RuntimeError("device-side assert triggered"))
     with pytest.raises(RuntimeError, match="device-side assert"):
-        engine_of(watched, processor).submit([request_of(processor, *_lists(cases[0]))])
-
-
-def _lists(case):
-    image, prompt, longest = case
-    return image, [prompt], [longest]
+        engine_of(watched, processor).submit([request_of(processor, cases[0])])
 
 
 def test_logits_that_are_not_finite_fail_their_row_only(processor, cases, expected):
     poisoned = tiny_model()
-    guilty = processor(text=cases[0][1], images=cases[0][0])["input_ids"][0]
-    others = [processor(text=c[1], images=c[0])["input_ids"][0] for c in cases[1:]]
+    guilty = processor(text=cases[0].prompt, images=cases[0].image)["input_ids"][0]
+    others = [processor(text=c.prompt, images=c.image)["input_ids"][0] for c in cases[1:]]
     own = set(guilty) - set(itertools.chain(*others))
-    own -= set(itertools.chain(*(tokens for tokens, _ in expected)))
+    own -= set(itertools.chain(*(each.tokens for each in expected)))
     assert own, "the first prompt needs a token that no other has"
     with torch.no_grad():
         poisoned.get_input_embeddings().weight[min(own)] = float("nan")
-    requests = [request_of(processor, *_lists(case)) for case in cases]
+    requests = [request_of(processor, case) for case in cases]
     first, *rest = engine_of(poisoned, processor).submit(requests)
     assert isinstance(first[0], NonFiniteLogits)
     for [answer], one in zip(rest, expected[1:], strict=True):
@@ -264,7 +214,7 @@ def test_logits_that_are_not_finite_fail_their_row_only(processor, cases, expect
 def test_image_tokens_that_do_not_match_the_features_are_a_failed_row(
     model, processor, cases, surplus, remedy
 ):
-    good = request_of(processor, *_lists(cases[0]))
+    good = request_of(processor, cases[0])
     ids = list(good.prefix.token_ids)
     ids = [*ids, ids[-1]] if surplus > 0 else ids[:surplus]
     bad = Request(Prefix(ids, good.prefix.images), good.branches)
@@ -336,6 +286,6 @@ def test_a_processor_that_looks_at_the_whole_image_is_refused():
 def test_a_blank_and_a_noisy_image_give_other_answers(model, processor):
     prompt = "USER: <image>\nWhat is in this picture? ASSISTANT:"
     images = [Image.new("RGB", (32, 32)), noise_image(1)]
-    requests = [request_of(processor, image, [prompt], [6]) for image in images]
+    requests = [request_of(processor, Case(image, prompt, 6)) for image in images]
     [[a], [b]] = engine_of(model, processor, eos=()).submit(requests)
     assert a.token_ids != b.token_ids

@@ -115,6 +115,14 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     return model.to(device).eval()
 
 
+def end_tokens(model: "LlavaForConditionalGeneration", processor: "LlavaProcessor") -> list[int]:
+    """The ids that end an answer: those of the generation config, else the tokenizer's."""
+    named: int | list[int] | None = model.generation_config.eos_token_id
+    if named is None:
+        named = processor.tokenizer.eos_token_id
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
+
+
 @contextlib.contextmanager
 def _faults_of(checkpoint: Checkpoint) -> Iterator[None]:
     """What transformers raises for bad files (it has no classes of its own) as a SpecError."""

@@ -61,8 +61,10 @@ class Room:
     def _together(self, waiting: Iterable[Job]) -> list[Job]:
         """The first jobs, as many as can be as wide as the widest of them."""
         jobs: list[Job] = []
+        prefix = branch = 0
         for job in waiting:
-            if jobs and sum(_widths([*jobs, job])) > self._tokens:
+            prefix, branch = max(prefix, job.prefix_tokens), max(branch, job.most_own_tokens)
+            if jobs and _rounded(prefix) + _rounded(branch) > self._tokens:
                 break
             jobs.append(job)
         return jobs

@@ -1,0 +1,46 @@
+"""Which engine a model gets."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.engine.choose import can_pack, engine_of
+from pipeline.engine.pixels import pixel_table
+from pipeline.engine.plain import PlainEngine
+from pipeline.engine.slots import SlotsEngine
+from tests.models import tiny_model, tiny_processor
+
+
+def rope(kind: str) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}}
+
+
+def engine(model: Any, **options: Any) -> Any:
+    return engine_of(model, eos_token_ids=[2], table=pixel_table(tiny_processor()), **options)
+
+
+@pytest.mark.parametrize("keys", [{}, rope("linear")])
+def test_slots_answer_where_they_are_exact(keys: dict[str, Any]) -> None:
+    assert isinstance(engine(tiny_model(**keys)), SlotsEngine)
+
+
+def test_rope_that_depends_on_the_batch_gets_one_prompt_after_the_other() -> None:
+    found = engine(tiny_model(**rope("dynamic")))
+    assert isinstance(found, PlainEngine)
+    assert found._batch_size == 1
+
+
+def test_flash_attention_gets_batches() -> None:
+    found = engine(tiny_model(), attention="flash_attention_2")
+    assert isinstance(found, PlainEngine)
+    assert found._batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attn_logit_softcapping", 30.0), ("layer_types", ["full_attention", "linear_attention"])],
+)
+def test_attention_of_another_kind_is_not_packed(key: str, value: Any) -> None:
+    model = tiny_model()
+    setattr(model.config.get_text_config(), key, value)
+    assert not can_pack(model)
