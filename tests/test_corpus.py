@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.coverage import Ranges
 from pipeline.encode import Encode
-from schemas.job import JobSpec
+from pipeline.sources import open_source
+from schemas.job import JobSpec, SourceSpec
 from tests.corpus import corpus
 from tests.hostile_decoders import children_of
 from tests.lines import sample_table, unfolded
+from tests.shards import write_shard
 
 JOB = JobSpec.model_validate(
     {
@@ -86,3 +89,23 @@ def test_what_pillow_can_show_is_shown_and_the_rest_fails(
     failed = [file for file in files if found[file]]
     assert [file.name for file in failed if can_be_shown(file, max_pixels=limit)] == []
     assert sum(outcome is None for outcome in found.values()) > 800
+
+
+@pytest.mark.slow
+def test_every_file_is_one_row_of_either_source(tmp_path: Path) -> None:
+    """With the bytes that it has, of which the test above tells the outcome."""
+    files = corpus()
+    (tmp_path / "all.txt").write_text("\n".join(map(str, files)))
+    members = [(f"{number:05}.img", file.read_bytes()) for number, file in enumerate(files)]
+    write_shard(tmp_path / "all.tar", members)
+    sources = [
+        {"format": "images", "path": str(tmp_path / "all.txt")},
+        {"format": "webdataset", "path": str(tmp_path / "all.tar"), "columns": {"image": "img"}},
+    ]
+    for spec in sources:
+        source = open_source(SourceSpec.model_validate(spec))
+        shards = source.list()
+        source.expect(shards)
+        samples = [sample for shard in shards for sample in source.read(shard, skip=Ranges())]
+        assert not [sample for sample in samples if sample.error or sample.image_error]
+        assert sorted(sample.image or b"" for sample in samples) == sorted(d for _, d in members)
