@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.engine.pixels import resized
-from pipeline.engine.request import Branch, ImagePixels, Prefix, Request
+from pipeline.engine.request import GREEDY, Branch, Decoding, ImagePixels, Prefix, Request
 from tests.models import noise_image, questions
 
 EOS = (2, 31, 57)
@@ -19,11 +19,12 @@ EOS = (2, 31, 57)
 
 @dataclass(frozen=True)
 class Case:
-    """One question about one image, and how long the answer may be."""
+    """One question about one image, how long the answer may be, and how it is decoded."""
 
     image: Image.Image
     prompt: str
     longest: int
+    decoding: Decoding = GREEDY
 
 
 def cases_of(images: int, questions_each: int) -> list[Case]:
@@ -42,36 +43,55 @@ def request_of(processor: Any, *cases: Case) -> Request:
     last = max(i for i, token in enumerate(ids[0]) if token == processor.image_token_id)
     sha256 = hashlib.sha256(image.tobytes()).hexdigest()
     pixels = ImagePixels(resized(processor, image), sha256)
-    branches = [Branch(one[last + 1 :], c.longest) for one, c in zip(ids, cases, strict=True)]
+    branches = [
+        Branch(tuple(one[last + 1 :]), c.longest, c.decoding)
+        for one, c in zip(ids, cases, strict=True)
+    ]
     return Request(Prefix(ids[0][: last + 1], [pixels]), branches)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What `generate` says, the end token included."""
+    """What `generate` says, the end token included, and why it stops."""
 
     tokens: Sequence[int]
     mean_logprob: float
+    finish_reason: str
 
 
 def alone(model: Any, processor: Any, case: Case) -> Expected:
     """What `generate` says on this one prompt, unpadded."""
     inputs = processor(text=case.prompt, images=case.image, return_tensors="pt")
     start = inputs["input_ids"].shape[1]
+    decoding = case.decoding
+    options: dict[str, Any] = {
+        "repetition_penalty": decoding.repetition_penalty,
+        "min_new_tokens": decoding.min_new_tokens,
+    }
+    if decoding.stop is not None:
+        options |= {"stop_strings": list(decoding.stop.strings), "tokenizer": processor.tokenizer}
     whole = model.generate(
-        **inputs, max_new_tokens=case.longest, do_sample=False, eos_token_id=list(EOS)
+        **inputs, max_new_tokens=case.longest, do_sample=False, eos_token_id=list(EOS), **options
     )
+    said = whole[0, start:].tolist()
+    is_cut = len(said) < case.longest or said[-1] in EOS
+    logprob = mean_logprob(model, inputs, said)
+    return Expected(said, logprob, "stop" if is_cut else "length")
+
+
+def mean_logprob(model: Any, inputs: Any, said: Sequence[int]) -> float:
+    """Of the tokens behind a prompt, teacher-forced."""
+    start = inputs["input_ids"].shape[1]
+    whole = torch.cat([inputs["input_ids"], torch.tensor([list(said)])], -1)
+    forced = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
     with torch.inference_mode():
-        inputs["input_ids"], inputs["attention_mask"] = whole, torch.ones_like(whole)
-        logits = model(**inputs).logits[0, start - 1 : -1].float()
-    said = whole[0, start:]
-    logprob = logits.log_softmax(-1).gather(-1, said[:, None]).mean().item()
-    return Expected(said.tolist(), logprob)
+        logits = model(**forced).logits[0, start - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, whole[0, start:, None]).mean().item()
 
 
 def check(answer: Any, expected: Expected) -> None:
-    stopped = expected.tokens[-1] in EOS
-    assert list(answer.token_ids) == list(expected.tokens[:-1] if stopped else expected.tokens)
-    assert answer.finish_reason == ("stop" if stopped else "length")
+    has_end = expected.tokens[-1] in EOS
+    assert list(answer.token_ids) == list(expected.tokens[:-1] if has_end else expected.tokens)
+    assert answer.finish_reason == expected.finish_reason
     assert answer.output_tokens == len(expected.tokens)
     assert answer.mean_logprob == pytest.approx(expected.mean_logprob, abs=1e-4)

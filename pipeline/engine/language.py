@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Language:
-    """The text model of a LLaVA, and its choice of the next token; `eager`: as in `Asked`."""
+    """The text model of a LLaVA; `eager`: as in `Asked`."""
 
     def __init__(self, model: "LlavaForConditionalGeneration", *, eager: bool) -> None:
         self._model: Any = model
@@ -38,11 +38,7 @@ class Language:
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
-    def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
-        """From [rows, hidden]: the likeliest tokens [rows] on the device; on the host both them and
-        their log-probabilities (float32). The one time that the host waits for the device."""
-        logits = self._model.lm_head(hidden).float()
-        best, tokens = logits.max(-1)
-        logprobs = best - logits.logsumexp(-1)
-        # float64 carries a token id exactly.
-        return tokens, torch.stack([tokens.double(), logprobs.double()]).T.tolist()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """From [tokens, hidden] float32 [tokens, vocabulary]."""
+        logits: torch.Tensor = self._model.lm_head(hidden).float()
+        return logits

@@ -79,7 +79,7 @@ class Row:
         self.index = NOWHERE
         # All but the last token of an answer have keys.
         self.most_tokens = len(branch.token_ids) + branch.max_new_tokens - 1
-        self.said = Said(job.prefix_tokens + len(branch.token_ids), branch.max_new_tokens)
+        self.said = Said(job.request.prefix.token_ids, branch)
 
     @property
     def own_tokens(self) -> int:
@@ -169,6 +169,15 @@ class Live:
         if with_slot:
             assert self.jobs.pop() is job
             job.slot = NOWHERE
+
+    def say(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
+        """Note the latest token [rows] of each."""
+        first, last = rows[0].index, rows[-1].index
+        if last - first == len(rows) - 1:
+            self.tokens[first : last + 1] = tokens
+        else:
+            places = torch.tensor([row.index for row in rows], device=tokens.device)
+            self.tokens[places] = tokens
 
     def remove(self, row: Row) -> None:
         """Take a row out, and its job with the last one."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from pipeline.engine.greedy import Row, decode_rows
 from pipeline.engine.look import mismatch
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.padded import Row, decode_rows, score_rows
 from pipeline.engine.pixels import normalised
-from pipeline.engine.request import ImagePixels, Outcome, Prefix, Request
+from pipeline.engine.request import Branch, ImagePixels, Outcome, Prefix, Request
 from schemas.errors import DeviceOutOfMemory, GenerateError
 
 if TYPE_CHECKING:
@@ -32,17 +32,20 @@ class _Branch:
     """One (prefix + branch) of the call and the place its outcome goes to."""
 
     prefix: Prefix
-    token_ids: list[int]
-    max_new_tokens: int
+    branch: Branch
     outcome: Outcome | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prefix.token_ids, *self.branch.token_ids]
 
 
 class PlainEngine:
-    """Answers requests greedily in left-padded batches of `batch_size`, longest prompts first.
+    """Answers requests in left-padded batches of `batch_size`, longest prompts first.
 
-    In float32 each answer is token for token what transformers' `generate` gives for that prompt
-    alone, whatever else is in the call (ties of the top two logits within rounding aside). Safe to
-    call from several threads: calls take turns.
+    In float32 each greedy answer is token for token what transformers' `generate` gives for that
+    prompt alone, whatever else is in the call (ties of the top two logits within rounding aside).
+    Safe to call from several threads: calls take turns.
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. There is no pad token: padding is zeros in
     embedding space, which no row attends to.
@@ -64,13 +67,7 @@ class PlainEngine:
 
     def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
         """One outcome for each branch of each request, in their order."""
-        asked = [
-            [
-                _Branch(r.prefix, [*r.prefix.token_ids, *b.token_ids], b.max_new_tokens)
-                for b in r.branches
-            ]
-            for r in requests
-        ]
+        asked = [[_Branch(r.prefix, branch) for branch in r.branches] for r in requests]
         with self._lock, torch.inference_mode():
             features = self._look(requests)
             todo = sorted(
@@ -78,7 +75,8 @@ class PlainEngine:
                 key=lambda branch: len(branch.token_ids),
                 reverse=True,
             )
-            self._in_batches(todo, lambda batch: self._answer(batch, features), _give_up)
+            for some in _apart(todo):
+                self._in_batches(some, lambda batch: self._answer(batch, features), _give_up)
         return [[_settled(branch) for branch in group] for group in asked]
 
     def _look(self, requests: Sequence[Request]) -> Features:
@@ -109,9 +107,12 @@ class PlainEngine:
             if isinstance(embeds, GenerateError):
                 branch.outcome = embeds
             else:
-                rows.append((branch, Row(embeds, branch.max_new_tokens)))
-        if rows:
-            decode_rows(self._model, [row for _, row in rows], eos=self._eos)
+                rows.append((branch, Row(embeds, branch.prefix.token_ids, branch.branch)))
+        embedded = [row for _, row in rows]
+        if embedded and embedded[0].branch.scored:
+            score_rows(self._model, embedded, eos=self._eos)
+        elif embedded:
+            decode_rows(self._model, embedded, eos=self._eos)
         for branch, row in rows:
             branch.outcome = row.outcome
 
@@ -122,9 +123,10 @@ class PlainEngine:
             if isinstance(feature, GenerateError):
                 return feature
         tensors = [feature for feature in found if isinstance(feature, torch.Tensor)]
-        ids = torch.tensor(branch.token_ids, device=self._model.device)
+        token_ids = branch.token_ids
+        ids = torch.tensor(token_ids, device=self._model.device)
         is_image = ids == self._model.config.image_token_id
-        n_tokens = branch.token_ids.count(self._model.config.image_token_id)
+        n_tokens = token_ids.count(self._model.config.image_token_id)
         n_features = sum(len(feature) for feature in tensors)
         if n_tokens != n_features:
             return mismatch(n_tokens, n_features)
@@ -162,6 +164,14 @@ class PlainEngine:
             return True
         release_cached(self._model.device)
         return False
+
+
+def _apart(branches: Sequence[_Branch]) -> tuple[Sequence[_Branch], Sequence[_Branch]]:
+    """Those that are asked, and those that are scored."""
+    return (
+        [each for each in branches if not each.branch.scored],
+        [each for each in branches if each.branch.scored],
+    )
 
 
 def _give_up(branch: _Branch, error: GenerateError) -> None:

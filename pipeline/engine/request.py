@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from pipeline.engine.stops import StopStrings
 from schemas.errors import GenerateError, PromptError
 
 
@@ -23,11 +24,37 @@ class ImagePixels:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How the tokens of an answer are chosen, as transformers' `generate` means it.
+
+    With `temperature` 0 the likeliest, else one that is drawn. `min_new_tokens`: before so many
+    there is no end token. `stop`: what else ends an answer.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: StopStrings | None = None
+
+
+GREEDY = Decoding()
+
+
+@dataclass(frozen=True)
 class Branch:
-    """Tokens that continue the prefix and end where the model is to answer."""
+    """Tokens that continue the prefix and end where the model is to answer.
+
+    `noise_key`: 128 bits that decide what is drawn. `scored`: so many of the last tokens are an
+    answer that is given, to be scored (Score) instead of asked for; `max_new_tokens` is 1 then.
+    """
 
     token_ids: Sequence[int]
     max_new_tokens: int
+    decoding: Decoding = GREEDY
+    noise_key: int = 0
+    scored: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,8 @@ class Answer:
     """What the model said on one branch. `token_ids` is without the end token.
 
     `mean_logprob`: mean log-probability (nats, temperature 1) of the generated tokens, the end
-    token included. `finish_reason`: `stop` at an end token, `length` at the token limit.
+    token included. `finish_reason`: `stop` at an end token or a stop string, whose tokens are among
+    `token_ids`; `length` at the token limit.
     """
 
     token_ids: Sequence[int]
@@ -59,7 +87,18 @@ class Answer:
     mean_logprob: float
 
 
-Outcome = Answer | GenerateError | PromptError
+@dataclass(frozen=True)
+class Score:
+    """What the model thinks of a given answer. `logprob`: the sum over its tokens and an end token,
+    `output_tokens` together; where the model knows no end token, over its tokens.
+    """
+
+    logprob: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+Outcome = Answer | Score | GenerateError | PromptError
 
 
 class Engine(Protocol):

@@ -19,9 +19,12 @@ from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
 from pipeline.engine.look import Looker
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
-from pipeline.engine.prompts import Filling, read_prompts
+from pipeline.engine.prompts import Filling, read_prompts, taken_in
 from pipeline.engine.request import Outcome, Request
 from pipeline.engine.room import Room
+from pipeline.engine.said import take
+from pipeline.engine.sampling import Chooser
+from pipeline.engine.score import scores_of
 from schemas.errors import DeviceOutOfMemory, GenerateError, NonFiniteLogits, PromptTooLong
 
 if TYPE_CHECKING:
@@ -35,10 +38,10 @@ T = TypeVar("T")
 
 
 class SlotsEngine:
-    """Answers requests greedily. Safe to call from several threads: their requests mix.
+    """Answers requests. Safe to call from several threads: their requests mix.
 
-    In float32 each answer is token for token what transformers' `generate` gives for that prompt
-    alone, whatever else is in flight (ties of the top two logits within rounding aside).
+    In float32 each greedy answer is token for token what transformers' `generate` gives for that
+    prompt alone, whatever else is in flight (ties of the top two logits within rounding aside).
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
     take; null: a share of the device's memory (`memory.py`). `eager`: attention by matrix products.
@@ -56,6 +59,7 @@ class SlotsEngine:
         text = model.config.get_text_config()
         self._eos = frozenset(eos_token_ids)
         self._device: torch.device = model.device
+        self._chooser = Chooser(eos=self._eos, device=self._device)
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table)
@@ -228,11 +232,26 @@ class SlotsEngine:
                 self._queue.appendleft(job)
 
     def _begin(self, fillings: Sequence[Filling]) -> None:
-        assert self._live is not None
-        hidden = read_prompts(
-            fillings, self._live, self._language, image_token_id=self._image_token_id
+        live = self._live
+        assert live is not None
+        rows = [row for filling in fillings for row in filling.rows]
+        with taken_in(fillings, live) as taken:
+            read = read_prompts(taken, live, self._language, image_token_id=self._image_token_id)
+            scored = [row for row in rows if row.branch.scored]
+            scores = self._scores(scored, read.scored)
+            self._take([row for row in rows if not row.branch.scored], read.asked)
+        self._finished += zip(scored, scores, strict=True)
+
+    def _scores(self, rows: Sequence[Row], hidden: torch.Tensor) -> Sequence[Outcome]:
+        if not rows:
+            return []
+        return scores_of(
+            [row.branch for row in rows],
+            hidden,
+            logits_of=self._language.logits,
+            eos=self._eos,
+            prompt_tokens=[row.said.prompt_tokens - row.branch.scored for row in rows],
         )
-        self._take([row for filling in fillings for row in filling.rows], hidden)
 
     # One more token
 
@@ -255,19 +274,23 @@ class SlotsEngine:
         self._take(rows, self._language.run(what, embeds, positions))
 
     def _take(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
-        """The next token of neighbouring rows. [rows, hidden]"""
+        """The next token of each. [rows, hidden]"""
+        if not rows:
+            return
         assert self._live is not None
-        tokens, chosen = self._language.choose(hidden)
-        first = rows[0].index
-        self._live.tokens[first : first + len(rows)] = tokens
-        for row, (token, logprob) in zip(rows, chosen, strict=True):
-            outcome = row.said.take(int(token), logprob, eos=self._eos)
+        saids = [row.said for row in rows]
+        tokens, chosen = self._chooser.choose(self._language.logits(hidden), saids)
+        self._live.say(rows, tokens)
+        outcomes = take(saids, chosen, eos=self._eos)
+        for row, outcome in zip(rows, outcomes, strict=True):
             if outcome is not None:
                 self._finished.append((row, outcome))
 
     def _settle_finished(self) -> None:
         assert self._live is not None
-        finished, self._finished = self._finished, []
+        # From the last place on: none that is over is moved to another place.
+        finished = sorted(self._finished, key=lambda each: each[0].index, reverse=True)
+        self._finished = []
         for row, outcome in finished:
             row.job.is_poisoned |= isinstance(outcome, NonFiniteLogits)
             self._live.remove(row)

@@ -1,4 +1,4 @@
-"""Greedy decoding of one left-padded batch over transformers' own cache.
+"""Decoding of one left-padded batch over transformers' own cache.
 
 Left padding keeps every row's last token in the last column, where the next one is read. A row
 sees neither the padding (mask) nor its width (positions count the row's own tokens), so that it
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from pipeline.engine.request import Answer
-from pipeline.engine.said import Said
-from schemas.errors import NonFiniteLogits
+from pipeline.engine.request import Branch, Score
+from pipeline.engine.said import Ended, Said, take
+from pipeline.engine.sampling import Chooser
+from pipeline.engine.score import scores_of
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -23,12 +24,15 @@ COMPACT_BELOW = 0.5
 
 
 class Row:
-    """One prompt on its way: embeddings [tokens, hidden], and what the model has said so far."""
+    """One prompt on its way: embeddings [tokens, hidden], and what the model has said so far.
 
-    def __init__(self, embeds: torch.Tensor, max_new_tokens: int) -> None:
-        self.embeds = embeds
-        self.said = Said(len(embeds), max_new_tokens)
-        self.outcome: Answer | NonFiniteLogits | None = None
+    `branch` follows the token ids of `prefix`.
+    """
+
+    def __init__(self, embeds: torch.Tensor, prefix: Sequence[int], branch: Branch) -> None:
+        self.embeds, self.branch = embeds, branch
+        self.said = Said(prefix, branch)
+        self.outcome: Ended | Score | None = None
 
 
 def left_padded(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +47,31 @@ def left_padded(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.inference_mode()
+def score_rows(
+    model: "LlavaForConditionalGeneration", rows: Sequence[Row], *, eos: frozenset[int]
+) -> None:
+    """Give each row its Score, from one pass over all. Raises what the device raises."""
+    inputs, mask = left_padded([row.embeds for row in rows])
+    scored = [row.branch.scored for row in rows]
+    hidden = model.model(
+        inputs_embeds=inputs, attention_mask=mask, position_ids=_positions(mask), use_cache=False
+    ).last_hidden_state
+    scores = scores_of(
+        [row.branch for row in rows],
+        torch.cat([states[-1 - count :] for states, count in zip(hidden, scored, strict=True)]),
+        logits_of=lambda states: model.lm_head(states).float(),
+        eos=eos,
+        prompt_tokens=[row.said.prompt_tokens - row.branch.scored for row in rows],
+    )
+    for row, score in zip(rows, scores, strict=True):
+        row.outcome = score
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.inference_mode()
 def decode_rows(
     model: "LlavaForConditionalGeneration", rows: Sequence[Row], *, eos: frozenset[int]
 ) -> None:
@@ -51,7 +80,8 @@ def decode_rows(
     The host waits for the device once a step, to learn the tokens. Raises what the device raises.
     """
     inputs, mask = left_padded([row.embeds for row in rows])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = _positions(mask)
+    chooser = Chooser(eos=eos, device=mask.device)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     running = list(rows)
     while True:
@@ -63,10 +93,12 @@ def decode_rows(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens, step = _choose(logits)
-        for row, token, logprob in zip(running, *step, strict=True):
-            if row.outcome is None:
-                row.outcome = row.said.take(int(token), logprob, eos=eos)
+        tokens, chosen = chooser.choose(logits.float(), [row.said for row in running])
+        going = [i for i, row in enumerate(running) if row.outcome is None]
+        saids = [running[i].said for i in going]
+        outcomes = take(saids, [chosen[i] for i in going], eos=eos)
+        for i, outcome in zip(going, outcomes, strict=True):
+            running[i].outcome = outcome
         alive = [i for i, row in enumerate(running) if row.outcome is None]
         if not alive:
             return
@@ -78,11 +110,3 @@ def decode_rows(
             running = [running[i] for i in alive]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         inputs = model.get_input_embeddings()(tokens[:, None])
-
-
-def _choose(logits: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
-    """From [B, vocabulary]: the likeliest tokens [B] on the device, and both them and their float32
-    log-probabilities on the host. float64 carries a token id exactly."""
-    tokens = logits.argmax(-1)
-    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, None])[:, 0]
-    return tokens, torch.stack([tokens.double(), logprobs.double()]).tolist()
