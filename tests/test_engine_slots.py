@@ -155,9 +155,9 @@ def unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
     right = live.grid_of
 
-    def wrong(slots: Any, *rest: Any) -> Any:
-        found = right(slots, *rest)
-        return grid.Grid(found.row_of, found.place_of.roll(1))
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = right(*args, **options)
+        return grid.Grid(found.table, found.place_of.roll(1))
 
     monkeypatch.setattr(live, "grid_of", wrong)
 

@@ -12,6 +12,7 @@ put together by the logarithms of their sums, as flash attention does between it
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,6 +100,9 @@ class Part:
 
     out: torch.Tensor
     lse: torch.Tensor
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Part":
+        return Part(change(self.out), change(self.lse))
 
 
 @dataclass(frozen=True)

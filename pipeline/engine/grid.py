@@ -1,52 +1,53 @@
-"""Rows by the slot whose prefix they look at: all of one slot look at it together."""
+"""Tokens of the flat sequence side by side, for an attention that takes them so."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from pipeline.engine.attention import Asked, Bias, Pair, Part, attend_part
 
-
-@dataclass(frozen=True)
 class Grid:
-    """Where rows and slots are not the same, one by one: which rows a slot has.
+    """Groups of tokens that look at the same keys: [groups, width], padded by any token of
+    the group, so that what is not finite stays where it is.
 
-    `row_of` [slots, most]: its rows, padded by any row. `place_of` [rows]: where a row is in that,
+    `table` [groups, width]: numbers of tokens. `place_of` [tokens]: where each token is in that,
     flat.
     """
 
-    row_of: torch.Tensor
-    place_of: torch.Tensor
+    def __init__(self, table: torch.Tensor, place_of: torch.Tensor) -> None:
+        self.table, self.place_of = table, place_of
+        self._rows: dict[int, torch.Tensor] = {}
+        """By the number of heads of the keys: which rows [token and head] come where."""
+
+    def spread(self, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """From [heads, tokens, dim] to [groups, kv_heads, width * group, dim]; `group`: heads that
+        share keys."""
+        heads, count, dim = tokens.shape
+        groups, width = self.table.shape
+        if kv_heads not in self._rows:
+            head = torch.arange(kv_heads, device=self.table.device)[:, None]
+            self._rows[kv_heads] = (self.table[:, None] * kv_heads + head).flatten()
+        rows = tokens.transpose(0, 1).reshape(count * kv_heads, heads // kv_heads * dim)
+        found = rows.index_select(0, self._rows[kv_heads])
+        return found.view(groups, kv_heads, width * (heads // kv_heads), dim)
+
+    def gather(self, found: torch.Tensor) -> torch.Tensor:
+        """From [groups, kv_heads, width * group, ...] to [tokens, kv_heads, group, ...]."""
+        groups, kv_heads, queries, *rest = found.shape
+        width = self.table.shape[1]
+        rows = found.transpose(1, 2).reshape(groups * width, -1).index_select(0, self.place_of)
+        return rows.view(len(self.place_of), queries // width, kv_heads, *rest).transpose(1, 2)
 
 
-def grid_of(slots: np.ndarray, count: int, device: torch.device) -> Grid:
-    """`slots`: of each row; there are `count`."""
-    counts = np.bincount(slots, minlength=count)
-    order = np.argsort(slots, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    within = np.empty(len(slots), dtype=np.int64)
-    within[order] = np.arange(len(slots)) - np.repeat(starts, counts)
-    row_of = np.zeros((count, int(counts.max())), dtype=np.int64)
-    row_of[slots, within] = np.arange(len(slots))
-    place_of = slots * row_of.shape[1] + within
-    return Grid(torch.from_numpy(row_of).to(device), torch.from_numpy(place_of).to(device))
-
-
-def over_grid(
-    grid: Grid, asked: Asked, query: torch.Tensor, prefixes: Pair, bias: Bias | None
-) -> Part:
-    """The part of the prefixes, for each row: all rows of a slot look at its prefix together.
-
-    `query` [rows, kv_heads, queries, dim]
-    """
-    _, kv_heads, queries, dim = query.shape
-    slots, most = grid.row_of.shape
-    together = query[grid.row_of].transpose(1, 2).reshape(slots, kv_heads, most * queries, dim)
-    part = attend_part(asked, together, prefixes, bias)
-    out = part.out.reshape(slots, kv_heads, most, queries, dim).transpose(1, 2)
-    lse = part.lse.reshape(slots, kv_heads, most, queries).transpose(1, 2)
-    return Part(
-        out.reshape(slots * most, kv_heads, queries, dim)[grid.place_of],
-        lse.reshape(slots * most, kv_heads, queries)[grid.place_of],
-    )
+def grid_of(groups: Sequence[Sequence[int]], *, tokens: range, device: torch.device) -> Grid:
+    """`groups`: the tokens of each, by number. Of `tokens`, those in no group have any place."""
+    width = max(map(len, groups))
+    table = np.empty((len(groups), width), dtype=np.int64)
+    place_of = np.zeros(len(tokens), dtype=np.int64)
+    for number, group in enumerate(groups):
+        table[number] = group[0] if group else tokens.start
+        table[number, : len(group)] = group
+        place_of[np.asarray(group, dtype=np.int64) - tokens.start] = (
+            np.arange(len(group)) + number * width
+        )
+    return Grid(torch.from_numpy(table).to(device), torch.from_numpy(place_of).to(device))

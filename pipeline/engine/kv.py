@@ -55,6 +55,10 @@ class KVArena:
             device=shape.device,
         )
 
+    @property
+    def kv_heads(self) -> int:
+        return self._data.shape[3]
+
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [capacity, kv_heads, width, head_dim] of one layer."""
         return self._data[layer, 0], self._data[layer, 1]

@@ -1,7 +1,8 @@
 """What is being answered: requests in slots, branches in rows, both without gaps.
 
     Job    a request; its slot holds the keys of its prefix while any branch needs them
-    Row    a branch; its row holds the keys of its question and its answer
+    Row    a branch; its row holds the keys of its question and its answer; a lone branch's row
+           those of the prefix, too, where it is wide enough: then there is no slot
 
 Whatever is taken out, the last one moves into its place, keys and all. Knows the arenas, not the
 model.
@@ -18,7 +19,7 @@ from pipeline.engine.grid import grid_of
 from pipeline.engine.kv import KVArena, Shape
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
-from pipeline.engine.step import Decode
+from pipeline.engine.step import Decode, Shared
 
 NOWHERE = -1
 
@@ -34,9 +35,13 @@ class Job:
         self.slot = NOWHERE
         self.prefix_tokens = len(request.prefix.token_ids)
         self.waiting = deque(Row(self, n, branch) for n, branch in enumerate(request.branches))
+        self.whole_tokens: int | None = None
+        """Of prefix, question and answer, where there is one branch only."""
         self.live = 0
         self.is_poisoned = False
         self._left = len(request.branches)
+        if len(request.branches) == 1:
+            self.whole_tokens = self.prefix_tokens + self.waiting[0].most_tokens
         self._is_over = is_over
 
     @property
@@ -80,16 +85,19 @@ class Row:
         # All but the last token of an answer have keys.
         self.most_tokens = len(branch.token_ids) + branch.max_new_tokens - 1
         self.said = Said(job.request.prefix.token_ids, branch)
+        self.is_whole = False
+        """Whether the keys of the prefix are here, and not in a slot."""
 
     @property
     def own_tokens(self) -> int:
-        """Tokens whose keys are there: all but the latest that was said."""
-        return len(self.branch.token_ids) + max(self.said.count - 1, 0)
+        """Tokens whose keys are here: all but the latest that was said."""
+        own = len(self.branch.token_ids) + max(self.said.count - 1, 0)
+        return own + self.job.prefix_tokens if self.is_whole else own
 
     @property
     def next_position(self) -> int:
         """Of the latest token, which is read next."""
-        return self.job.prefix_tokens + self.own_tokens
+        return self.own_tokens if self.is_whole else self.job.prefix_tokens + self.own_tokens
 
 
 @dataclass(frozen=True)
@@ -144,29 +152,41 @@ class Live:
     def free_rows(self) -> int:
         return self.branches.capacity - len(self.rows)
 
+    @property
+    def at_work(self) -> set[Job]:
+        return {*self.jobs, *(row.job for row in self.rows)}
+
     def fits(self, job: Job) -> bool:
         """Whether slots and rows are wide enough."""
         return (
             job.prefix_tokens <= self.prefixes.width and job.most_own_tokens <= self.branches.width
         )
 
+    def fits_whole(self, job: Job) -> bool:
+        """Whether it needs no slot."""
+        return job.whole_tokens is not None and job.whole_tokens <= self.branches.width
+
     def take_in(self, job: Job, rows: Sequence[Row]) -> None:
-        """Give a job its slot, if it has none yet, and places to these of its rows."""
+        """Give a job its slot, if it needs one that it has not yet, and its rows their places."""
         if job.slot == NOWHERE:
-            job.slot = len(self.jobs)
-            self.jobs.append(job)
+            if self.fits_whole(job):
+                rows[0].is_whole = True
+            else:
+                job.slot = len(self.jobs)
+                self.jobs.append(job)
         for row in rows:
             row.index = len(self.rows)
             self.rows.append(row)
         job.live += len(rows)
 
-    def put_back(self, job: Job, rows: Sequence[Row], *, with_slot: bool) -> None:
+    def put_back(self, job: Job, rows: Sequence[Row], *, with_prefix: bool) -> None:
         """Undo the latest `take_in`."""
         for row in reversed(rows):
             assert self.rows.pop() is row
             row.index = NOWHERE
+            row.is_whole = False
         job.live -= len(rows)
-        if with_slot:
+        if with_prefix and job.slot != NOWHERE:
             assert self.jobs.pop() is job
             job.slot = NOWHERE
 
@@ -191,7 +211,7 @@ class Live:
             last.index = place
         row.index = NOWHERE
         row.job.live -= 1
-        if not row.job.live and not row.job.waiting:
+        if row.job.slot != NOWHERE and not row.job.live and not row.job.waiting:
             self._remove_job(row.job)
 
     def _remove_job(self, job: Job) -> None:
@@ -206,20 +226,32 @@ class Live:
 
     def decode(self, rows: Sequence[Row]) -> Decode:
         """A pass of one more token for neighbouring rows."""
-        device = self.tokens.device
         own = np.array([row.own_tokens + 1 for row in rows])
-        slots = np.array([row.job.slot for row in rows])
-        prefix = np.array([job.prefix_tokens for job in self.jobs])
-        is_one_by_one = np.array_equal(slots, np.arange(len(self.jobs)))
         return Decode(
-            prefixes=self.prefixes,
-            branches=self.branches,
+            self.branches,
             first_row=rows[0].index,
-            slot_tokens=torch.from_numpy(prefix).to(device),
-            own_tokens=torch.from_numpy(own).to(device),
-            longest_prefix=int(prefix.max()),
+            own_tokens=torch.from_numpy(own).to(self.tokens.device),
             longest_own=int(own.max()),
-            grid=None if is_one_by_one else grid_of(slots, len(self.jobs), device),
+            shared=self._shared(rows),
+        )
+
+    def _shared(self, rows: Sequence[Row]) -> Shared | None:
+        device = self.tokens.device
+        slots = np.array([row.job.slot for row in rows])
+        alone = slots == NOWHERE
+        if alone.all():
+            return None
+        grid = None
+        if not np.array_equal(slots, np.arange(len(self.jobs))):
+            groups = [np.flatnonzero(slots == slot).tolist() for slot in range(len(self.jobs))]
+            grid = grid_of(groups, tokens=range(len(rows)), device=device)
+        tokens = np.array([job.prefix_tokens for job in self.jobs])
+        return Shared(
+            arena=self.prefixes,
+            tokens=torch.from_numpy(tokens).to(device),
+            longest=int(tokens.max()),
+            grid=grid,
+            alone=torch.from_numpy(alone).to(device) if alone.any() else None,
         )
 
     def resized(self, shape: Shape, size: Size) -> "Live":

@@ -1,9 +1,8 @@
-"""The pass that reads prompts: prefixes (causal), then each question over its prefix and itself."""
+"""The pass that reads prompts: causal stretches, then each question over its prefix and itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from pipeline.engine.attention import (
@@ -16,153 +15,167 @@ from pipeline.engine.attention import (
     is_seen,
     joined,
 )
-from pipeline.engine.grid import grid_of, over_grid
+from pipeline.engine.grid import grid_of
 from pipeline.engine.kv import KVArena
 
 
 @dataclass(frozen=True)
-class PromptPart:
-    """What a prefill adds to one image's slot.
+class Stretch:
+    """Tokens `start` to `stop` of the flat sequence that are seen causally, and the place in an
+    arena where their keys go."""
 
-    `prefix`: (start, stop) of its tokens in the flat sequence, null where its keys are there.
-    `questions`: (start, stop, row) of each question.
-    """
+    start: int
+    stop: int
+    place: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Looking:
+    """What looks at the prefix of one slot. `questions`: each with its row."""
 
     slot: int
     prefix_tokens: int
-    prefix: tuple[int, int] | None
-    questions: Sequence[tuple[int, int, int]]
+    questions: Sequence[Stretch]
 
 
 class Prefill:
     """A pass over prompts.
 
-    A lone question follows its prefix: both are one causal stretch. Other questions look at their
-    prefix through its slot. What is shorter than its neighbours is padded by its last token.
+    The flat sequence has `prefixes`, whose keys go into slots, then `wholes`, prompts whose keys go
+    into rows, then the questions of `looking`, in these orders and without gaps.
     """
 
     def __init__(
-        self, parts: Sequence[PromptPart], *, prefixes: KVArena, branches: KVArena
+        self,
+        prefixes: Sequence[Stretch],
+        wholes: Sequence[Stretch],
+        looking: Sequence[Looking],
+        *,
+        slots: KVArena,
+        rows: KVArena,
     ) -> None:
-        device = prefixes.device
-        self._prefixes, self._branches = prefixes, branches
-        new = [part for part in parts if part.prefix is not None]
-        self._slots = torch.tensor([part.slot for part in new], device=device)
-        self._written = _Stretches([part.prefix for part in new if part.prefix], device)
-        self._causal = _Stretches([_causal_stretch(part) for part in new], device)
-        questions = [question for part in parts for question in part.questions]
-        self._rows = torch.tensor([row for _, _, row in questions], device=device)
-        self._questions = _Stretches([(start, stop) for start, stop, _ in questions], device)
-        looking = [part for part in parts if not _is_one_stretch(part)]
-        self._looking = _Looking(looking, device) if looking else None
+        self._parts: list[_Causal | _Looking] = [
+            _Causal(stretches, arena)
+            for stretches, arena in ((prefixes, slots), (wholes, rows))
+            if stretches
+        ]
+        if looking:
+            self._parts.append(_Looking(looking, slots, rows))
 
     def attend(self, asked: Asked) -> torch.Tensor:
-        out = torch.empty_like(asked.query)
-        prefixes, branches = self._prefixes.layer(asked.layer), self._branches.layer(asked.layer)
-        for new, prefix, branch in zip((asked.key, asked.value), prefixes, branches, strict=True):
-            if self._written.count:
-                prefix[self._slots, :, : self._written.longest] = self._written.of(new)
-            branch[self._rows, :, : self._questions.longest] = self._questions.of(new)
-        if self._causal.count:
-            stretches = (self._causal.of(each) for each in (asked.query, asked.key, asked.value))
-            self._causal.put(out, attend_causally(asked, *stretches))
-        if self._looking:
-            self._looking.attend(asked, out, prefixes)
-        return out.transpose(0, 1)
-
-
-def _is_one_stretch(part: PromptPart) -> bool:
-    return part.prefix is not None and len(part.questions) == 1
-
-
-def _causal_stretch(part: PromptPart) -> tuple[int, int]:
-    assert part.prefix is not None
-    start, stop = part.prefix
-    return (start, part.questions[0][1]) if _is_one_stretch(part) else (start, stop)
+        found = [part.attend(asked) for part in self._parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _Stretches:
-    """Stretches of the flat sequence, (start, stop) each, side by side."""
+    """Stretches side by side. What is shorter than the longest is padded by a token of its own."""
 
-    def __init__(self, stretches: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self.count = len(stretches)
-        self.longest = max((stop - start for start, stop in stretches), default=0)
-        starts, stops = (
-            torch.tensor([pair[n] for pair in stretches], device=device) for n in (0, 1)
-        )
-        columns = torch.arange(self.longest, device=device)
-        places = starts[:, None] + columns
-        self._there = places < stops[:, None]
-        self._places = torch.minimum(places, stops[:, None] - 1)
-        self._flat = self._places[self._there]
+    def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
+        self.count, self.longest = len(stretches), max(map(len, stretches))
+        self._all = slice(stretches[0].start, stretches[-1].stop)
+        self._arena = arena
+        self._places = _selector([stretch.place for stretch in stretches], arena.device)
+        self._grid = None
+        if any(len(stretch) < self.longest for stretch in stretches):
+            groups = [range(stretch.start, stretch.stop) for stretch in stretches]
+            tokens = range(self._all.start, self._all.stop)
+            self._grid = grid_of(groups, tokens=tokens, device=arena.device)
 
-    def of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """From [heads, tokens, dim] to [count, heads, longest, dim]."""
-        return tokens[:, self._places].transpose(0, 1)
+    def spread(self, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """From [heads, tokens, dim] to [count, kv_heads, longest * group, dim]."""
+        if self._grid is not None:
+            return self._grid.spread(tokens, kv_heads)
+        heads, _, dim = tokens.shape
+        even = tokens[:, self._all].view(kv_heads, heads // kv_heads, self.count, -1, dim)
+        # [count, kv_heads, longest, group, dim]
+        return even.permute(2, 0, 3, 1, 4).reshape(self.count, kv_heads, -1, dim)
 
-    def put(self, out: torch.Tensor, found: torch.Tensor) -> None:
-        """The reverse, into `out`."""
-        out[:, self._flat] = found.transpose(0, 1)[:, self._there]
+    def gather(self, found: torch.Tensor) -> torch.Tensor:
+        """The reverse: [tokens, kv_heads, group, ...]."""
+        if self._grid is not None:
+            return self._grid.gather(found)
+        count, kv_heads, queries, *rest = found.shape
+        even = found.view(count, kv_heads, self.longest, queries // self.longest, *rest)
+        return even.transpose(1, 2).reshape(count * self.longest, kv_heads, -1, *rest)
+
+    def keep(self, asked: Asked) -> Pair:
+        """Put keys and values in their places; gives them [count, kv_heads, longest, dim]."""
+        pair = self.spread(asked.key, asked.kv_heads), self.spread(asked.value, asked.kv_heads)
+        for kept, new in zip(self._arena.layer(asked.layer), pair, strict=True):
+            kept[self._places, :, : self.longest] = new
+        return pair
+
+
+class _Causal:
+    """Stretches that see nothing but themselves."""
+
+    def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
+        self._stretches = _Stretches(stretches, arena)
+
+    def attend(self, asked: Asked) -> torch.Tensor:
+        """[tokens, heads, dim]"""
+        pair = self._stretches.keep(asked)
+        heads = asked.query.shape[0]
+        query = self._stretches.spread(asked.query, heads)
+        return self._stretches.gather(attend_causally(asked, query, *pair)).squeeze(2)
 
 
 class _Looking:
     """Questions that look at a prefix through its slot, those of one slot together."""
 
-    def __init__(self, parts: Sequence[PromptPart], device: torch.device) -> None:
-        self._slots = torch.tensor([part.slot for part in parts], device=device)
-        self._tokens = torch.tensor([part.prefix_tokens for part in parts], device=device)
-        self._longest_prefix = max(part.prefix_tokens for part in parts)
-        pairs = [(start, stop) for part in parts for start, stop, _ in part.questions]
-        self._questions = _Stretches(pairs, device)
-        counts = [len(part.questions) for part in parts]
-        self._grid = grid_of(np.repeat(np.arange(len(parts)), counts), len(parts), device)
+    def __init__(self, looking: Sequence[Looking], slots: KVArena, rows: KVArena) -> None:
+        device = slots.device
+        questions = [question for each in looking for question in each.questions]
+        self._own = _Stretches(questions, rows)
+        groups = [[n for q in each.questions for n in range(q.start, q.stop)] for each in looking]
+        tokens = range(questions[0].start, questions[-1].stop)
+        self._grid = grid_of(groups, tokens=tokens, device=device)
+        self._slots, self._arena = _selector([each.slot for each in looking], device), slots
+        self._tokens = torch.tensor([each.prefix_tokens for each in looking], device=device)
+        self._longest_prefix = max(each.prefix_tokens for each in looking)
+        within = torch.cat([torch.arange(len(question)) for question in questions]).to(device)
+        self._within = within[self._grid.table - tokens.start]
         self._biases: dict[int | None, tuple[Bias | None, Bias]] = {}
 
-    def attend(self, asked: Asked, out: torch.Tensor, prefixes: Pair) -> None:
-        heads, _, dim = asked.query.shape
-        n, longest, group, kv_heads = (
-            self._questions.count,
-            self._questions.longest,
-            asked.group,
-            asked.kv_heads,
-        )
+    def attend(self, asked: Asked) -> torch.Tensor:
+        """[tokens, heads, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._prefix_bias(asked), self._own_bias(asked)
         prefix_bias, own_bias = self._biases[asked.window]
-        # [questions, kv_heads, longest * group, dim]
-        query = (
-            self._questions.of(asked.query)
-            .reshape(n, kv_heads, group, longest, dim)
-            .transpose(2, 3)
-            .reshape(n, kv_heads, longest * group, dim)
+        own = self._own.keep(asked)
+        query = self._own.spread(asked.query, asked.kv_heads)
+        over_own = attend_part(asked, query, own, own_bias).each(self._own.gather)
+        keys, values = (
+            kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layer(asked.layer)
         )
-        own = self._questions.of(asked.key), self._questions.of(asked.value)
-        over_own = attend_part(asked, query, own, own_bias)
-        keys, values = (kept[self._slots, :, : self._longest_prefix] for kept in prefixes)
-        over_prefix = over_grid(self._grid, asked, query, (keys, values), prefix_bias)
-        found = (
-            joined(over_prefix, over_own)
-            .view(n, kv_heads, longest, group, dim)
-            .transpose(2, 3)
-            .reshape(n, heads, longest, dim)
-        )
-        self._questions.put(out, found)
+        query = self._grid.spread(asked.query, asked.kv_heads)
+        over_prefix = attend_part(asked, query, (keys, values), prefix_bias).each(self._grid.gather)
+        return joined(over_prefix, over_own).flatten(1, 2)
 
     def _own_bias(self, asked: Asked) -> Bias:
         """[1, 1, longest * group, longest]: causal, and within the window."""
-        places = torch.arange(self._questions.longest, device=asked.query.device)
+        places = torch.arange(self._own.longest, device=asked.query.device)
         seen = is_seen(places[:, None] - places[None, :], asked.window)
         return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
 
     def _prefix_bias(self, asked: Asked) -> Bias | None:
-        """[slots, 1, 1, prefix], with a window [slots, 1, most * longest * group, prefix]; null
-        where all of all prefixes is seen."""
-        longest = self._questions.longest
+        """[slots, 1, 1, prefix], with a window [slots, 1, width * group, prefix]; null where all of
+        all prefixes is seen."""
         columns = torch.arange(self._longest_prefix, device=asked.query.device)
         seen = (columns < self._tokens[:, None])[:, None]
         if asked.window is not None:
-            looking = self._tokens[:, None] + torch.arange(longest, device=asked.query.device)
-            within = looking[:, :, None] - columns < asked.window
-            most = self._grid.row_of.shape[1]
-            seen = (seen & within).repeat_interleave(asked.group, 1).repeat(1, most, 1)
+            looking = self._tokens[:, None] + self._within
+            seen = seen & (looking[:, :, None] - columns < asked.window)
+            seen = seen.repeat_interleave(asked.group, 1)
         return None if bool(seen.all()) else bias_of(seen[:, None], asked.query.dtype)
+
+
+def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """A slice where they follow each other: what it takes is a view."""
+    first, count = places[0], len(places)
+    if list(places) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(places, device=device)

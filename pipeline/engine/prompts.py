@@ -8,7 +8,7 @@ import torch
 
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
-from pipeline.engine.prefill import Prefill, PromptPart
+from pipeline.engine.prefill import Looking, Prefill, Stretch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def taken_in(fillings: Sequence[Filling], live: Live) -> Iterator[Taken]:
         yield taken
     except RuntimeError:
         for filling, is_new in reversed(taken):
-            live.put_back(filling.job, filling.rows, with_slot=is_new)
+            live.put_back(filling.job, filling.rows, with_prefix=is_new)
         raise
 
 
@@ -54,39 +54,52 @@ class Read:
 def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id: int) -> Read:
     """Raises what the device raises."""
     flat = _Flat(language, image_token_id)
-    parts = [flat.add(filling, is_new=is_new) for filling, is_new in taken]
-    what = Prefill(parts, prefixes=live.prefixes, branches=live.branches)
+    new = [filling for filling, is_new in taken if is_new]
+    prefixes = [flat.prefix(filling) for filling in new if filling.job.slot != NOWHERE]
+    wholes = [flat.whole(filling) for filling in new if filling.job.slot == NOWHERE]
+    looking = [flat.looking(filling) for filling, _ in taken if filling.job.slot != NOWHERE]
+    what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches)
     hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
-    places = (torch.tensor(each, dtype=torch.long) for each in (flat.asked, flat.scored))
+    rows = [row for filling, _ in taken for row in filling.rows]
+    asked = [flat.end_of[row] - 1 for row in rows if not row.branch.scored]
+    scored = [n for row in rows for n in _scored(row, flat.end_of[row])]
+    places = (torch.tensor(each, dtype=torch.long) for each in (asked, scored))
     return Read(*(hidden[each.to(hidden.device)] for each in places))
 
 
+def _scored(row: Row, end: int) -> range:
+    scored = row.branch.scored
+    return range(end - 1 - scored, end) if scored else range(0)
+
+
 class _Flat:
-    """The sequence in the making. `asked`, `scored`: places of the states of Read."""
+    """The sequence in the making. `end_of`: where the rows' questions end."""
 
     def __init__(self, language: Language, image_token_id: int) -> None:
         self._language, self._image_token_id = language, image_token_id
         self.embeds: list[torch.Tensor] = []
         self.positions: list[torch.Tensor] = []
-        self.asked: list[int] = []
-        self.scored: list[int] = []
+        self.end_of: dict[Row, int] = {}
         self._end = 0
 
-    def add(self, filling: Filling, *, is_new: bool) -> PromptPart:
-        job = filling.job
-        prefix = None
-        if is_new:
-            prefix = self._add(self._prefix(filling), first=0)
-        questions = []
-        for row in filling.rows:
-            embeds = self._language.embedded(row.branch.token_ids)
-            start, stop = self._add(embeds, first=job.prefix_tokens)
-            questions.append((start, stop, row.index))
-            if scored := row.branch.scored:
-                self.scored += range(stop - 1 - scored, stop)
-            else:
-                self.asked.append(stop - 1)
-        return PromptPart(job.slot, job.prefix_tokens, prefix, questions)
+    def prefix(self, filling: Filling) -> Stretch:
+        start = self._add(self._prefix(filling), first=0)
+        return Stretch(start, self._end, filling.job.slot)
+
+    def whole(self, filling: Filling) -> Stretch:
+        (row,) = filling.rows
+        start = self._add(self._prefix(filling), first=0)
+        return Stretch(start, self._question(row).stop, row.index)
+
+    def looking(self, filling: Filling) -> Looking:
+        questions = [self._question(row) for row in filling.rows]
+        return Looking(filling.job.slot, filling.job.prefix_tokens, questions)
+
+    def _question(self, row: Row) -> Stretch:
+        embeds = self._language.embedded(row.branch.token_ids)
+        start = self._add(embeds, first=row.job.prefix_tokens)
+        self.end_of[row] = self._end
+        return Stretch(start, self._end, row.index)
 
     def _prefix(self, filling: Filling) -> torch.Tensor:
         ids = torch.tensor(filling.job.request.prefix.token_ids, device=self._language.device)
@@ -95,8 +108,8 @@ class _Flat:
             embeds[ids == self._image_token_id] = filling.features.to(embeds.dtype)
         return embeds
 
-    def _add(self, embeds: torch.Tensor, *, first: int) -> tuple[int, int]:
+    def _add(self, embeds: torch.Tensor, *, first: int) -> int:
         start, self._end = self._end, self._end + len(embeds)
         self.embeds.append(embeds)
         self.positions.append(torch.arange(first, first + len(embeds), device=embeds.device))
-        return start, self._end
+        return start

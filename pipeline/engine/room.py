@@ -1,6 +1,7 @@
 """How many slots and rows there are, and how wide: what a budget in bytes allows.
 
 A slot is as wide as the longest prefix that waits, a row as the longest question with its answer.
+Where every request has one branch only, there are no slots: rows hold the prefixes, too.
 What is at work moves into larger room where the budget allows both for a moment; else it is
 finished first.
 """
@@ -36,7 +37,7 @@ class Room:
         """
         if not waiting:
             return live
-        at_work = live is not None and live.jobs
+        at_work = live is not None and live.at_work
         wanted = self._wanted(waiting, live if at_work else None)
         if live is not None and live.size.holds(wanted):
             return live
@@ -49,6 +50,11 @@ class Room:
     def _wanted(self, waiting: Sequence[Job], live: Live | None) -> Size:
         jobs = self._together(waiting)
         widths = _widths(jobs)
+        whole = [job.whole_tokens for job in jobs if job.whole_tokens is not None]
+        if len(whole) == len(jobs) and not (live and live.jobs):
+            width = _rounded(max(whole))
+            rows = min(len(jobs) + (len(live.rows) if live else 0), MOST_ROWS)
+            return Size(0, max(1, min(rows, self._tokens // width)), (0, width))
         slots, rows = len(jobs), sum(len(job.waiting) for job in jobs)
         if live is not None:
             slots, rows = slots + len(live.jobs), rows + len(live.rows)
@@ -88,7 +94,7 @@ class Room:
                 if not is_out_of_memory(error):
                     raise
             release_cached(self._shape.device)
-            if size.slots == size.rows == 1:
+            if size.slots <= 1 and size.rows == 1:
                 return None
             size = Size((size.slots + 1) // 2, (size.rows + 1) // 2, size.widths)
 

@@ -130,7 +130,7 @@ class SlotsEngine:
     def _run(self) -> None:
         while True:
             with self._arrived:
-                self._arrived.wait_for(lambda: self._queue or (self._live and self._live.jobs))
+                self._arrived.wait_for(lambda: self._queue or (self._live and self._live.at_work))
             try:
                 self._round()
             except Exception as error:  # noqa: BLE001 (raised by those who wait)
@@ -145,7 +145,7 @@ class SlotsEngine:
 
     def _fail_all(self, error: Exception) -> None:
         with self._arrived:
-            at_work = self._live.jobs if self._live else []
+            at_work = self._live.at_work if self._live else []
             jobs = {*self._at_hand, *at_work, *self._queue}
             self._queue.clear()
             self._live, self._at_hand, self._finished = None, (), []
@@ -166,11 +166,15 @@ class SlotsEngine:
                 job.settle_waiting(DeviceOutOfMemory(does_not_fit(self._device)))
             return []
         fillings: list[Filling] = []
-        tokens, free_rows = 0, live.free_rows
-        for job in [*live.jobs, *waiting[: live.free_slots]]:
+        tokens, free_slots, free_rows = 0, live.free_slots, live.free_rows
+        for job in [*live.jobs, *waiting]:
             is_new = job.slot == NOWHERE
-            if not free_rows or tokens >= self._prefill_tokens or (is_new and not live.fits(job)):
+            if not free_rows or tokens >= self._prefill_tokens:
                 break
+            if is_new and not live.fits_whole(job):
+                if not free_slots or not live.fits(job):
+                    break
+                free_slots -= 1
             tokens += job.prefix_tokens if is_new else 0
             rows: list[Row] = []
             while job.waiting and free_rows and (not rows or tokens < self._prefill_tokens):
