@@ -5,6 +5,7 @@ Both get the same weights, threads, images, prompts and lengths of answers, in o
 take turns.
 """
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,16 +25,23 @@ from jobs.workload import Mode, Workload, captions, noise, questions
 from pipeline.engine.choose import engine_of
 from pipeline.engine.reference import cast
 from pipeline.engine.request import Engine
-from schemas.job import ModelSpec
+from schemas.job import GenerateResources, ModelSpec
 
 VERSIONS = ("lavaflow", "torch", "transformers")
 
 Build = Callable[[Subject], Engine]
 
 
-def build_engine(subject: Subject, *, end_tokens: Sequence[int] = ()) -> Engine:
+def build_engine(
+    subject: Subject,
+    *,
+    end_tokens: Sequence[int] = (),
+    resources: GenerateResources = GenerateResources(),  # noqa: B008 (frozen)
+) -> Engine:
     """The engine that is measured; without end tokens, every answer is as long as it may be."""
-    return engine_of(twin(subject.model), eos_token_ids=end_tokens, table=subject.table)
+    return engine_of(
+        twin(subject.model), eos_token_ids=end_tokens, table=subject.table, resources=resources
+    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Bench:
     is_exact: bool = True
     threads: int | None = None
     seed: int = 0
+    compile: bool = False
+
+    @property
+    def resources(self) -> GenerateResources:
+        return GenerateResources(compile=self.compile)
 
     def subject(self) -> Subject:
         if self.random is not None:
@@ -78,16 +91,17 @@ class Bench:
         return kinds
 
 
-def measure(bench: Bench, *, say: Say, build: Build = build_engine) -> dict[str, Any]:
-    """Speed-ups, rates and agreement, as JSON.
+def measure(bench: Bench, *, say: Say, build: Build | None = None) -> dict[str, Any]:
+    """Speed-ups, rates and agreement, as JSON. `build`: another engine than the one described.
 
     Raises SpecError, and JobError where an answer fails.
     """
+    build = build or functools.partial(build_engine, resources=bench.resources)
     if bench.threads is not None:
         torch.set_num_threads(bench.threads)
     subject = bench.subject()
     work = bench.work(subject)
-    ran = ran_against(subject)
+    ran = ran_against(subject, bench)
     baseline = Baseline(subject.model, work, subject.table)
     race = Race(build(subject), baseline, work, say)
     race.run(bench.kinds(), rounds=bench.rounds)
@@ -177,7 +191,7 @@ def _told(work: Workload) -> dict[str, Any]:
     }
 
 
-def ran_against(subject: Subject) -> dict[str, Any]:
+def ran_against(subject: Subject, bench: Bench) -> dict[str, Any]:
     """What it ran against."""
     model = subject.model
     return {
@@ -189,6 +203,8 @@ def ran_against(subject: Subject) -> dict[str, Any]:
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "compile": bench.compile,
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in VERSIONS},

@@ -212,6 +212,7 @@ def verify(ctx: click.Context, output: str, spec: str | None) -> None:
     is_flag=True,
     help="Instead: a whole job's rate over that of its engine alone.",
 )
+@click.option("--compile", is_flag=True, help="The engine's text model, as in a job's resources.")
 @click.option("--threads", type=_COUNT, help="On the CPU.  [default: torch's own number]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def bench(mode: str, is_whole: bool, **options: Any) -> None:

@@ -45,7 +45,7 @@ def measure_jobs(bench: Bench, *, say: Say) -> dict[str, Any]:
         folder = Path(name)
         subject = _subject(bench, folder)
         job = _job(bench, subject, folder)
-        ran = ran_against(subject)
+        ran = ran_against(subject, bench)
         write_shards(folder / "photos", bench.images, seed=bench.seed)
         alone = [_alone(bench, subject, job, say)]
         started_at = datetime.datetime.now(datetime.UTC)
@@ -90,6 +90,7 @@ def _job(bench: Bench, subject: Subject, folder: Path) -> JobSpec:
         "model": {"path": subject.name, "dtype": subject.dtype},
         "generate": {"max_new_tokens": bench.new_tokens},
         "output": {"path": str(folder / "out")},
+        "resources": {"generate": bench.resources.model_dump(exclude_defaults=True)},
     }
     return build_spec(data, origin="bench")
 
@@ -116,7 +117,7 @@ def _pipeline(
 
 def _alone(bench: Bench, subject: Subject, job: JobSpec, say: Say) -> float:
     """Answers a second of the engine fed from memory, once it is warm."""
-    engine = build_engine(subject, end_tokens=subject.end_tokens)
+    engine = build_engine(subject, end_tokens=subject.end_tokens, resources=bench.resources)
     images = noise(subject.image_shape, min(bench.images, IMAGES_ALONE), seed=bench.seed)
     engine.submit(list(_requests(subject, job, images[:2], look="warm-up")))
     requests = list(_requests(subject, job, images, look="timed"))

@@ -299,6 +299,11 @@ class GenerateResources(Spec):
         return gpus
 
     batch_size: int = Field(16, gt=0, description="Images that are handed over together.")
+    compile: bool = Field(
+        False,
+        description="Have torch compile the text model before the first answer: for large models "
+        "and long jobs. It takes a minute or so on each actor and, on a CPU, a C++ compiler.",
+    )
     kv_budget_bytes: int | None = Field(
         None,
         gt=0,

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
 from pipeline.engine import grid, live, prefill, step
@@ -22,6 +24,7 @@ from schemas.errors import (
     DeviceOutOfMemory,
     NonFiniteLogits,
     PromptTooLong,
+    SpecError,
     TokenFeatureMismatch,
 )
 from tests.engine_cases import EOS, alone, cases_of, check, request_of
@@ -65,7 +68,7 @@ class Known:
         self.cases = cases_of(IMAGES, QUESTIONS)
         self.expected = [alone(self.model, processor, case) for case in self.cases]
 
-    def engine(self, *, slots: float = 32.0, model: Any = None, eager: bool = False) -> SlotsEngine:
+    def engine(self, *, slots: float = 32.0, model: Any = None, **options: bool) -> SlotsEngine:
         """With a budget for about so many prompts."""
         model = copy.deepcopy(self.model) if model is None else model
         shape = shape_of(model.config.get_text_config(), dtype=model.dtype, device=model.device)
@@ -74,7 +77,7 @@ class Known:
             eos_token_ids=EOS,
             table=pixel_table(self.processor),
             kv_budget_bytes=int(slots * 96 * shape.token_bytes),
-            eager=eager,
+            **options,
         )
 
     def requests(self, groups: Sequence[Sequence[int]]) -> list[Request]:
@@ -115,6 +118,29 @@ def test_tokens_and_logprobs_equal_generate_on_each_prompt_alone(known: Known, s
 def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
     groups = groups_of([6, 1, 3, 1, 2], random.Random(0))
     known.check(known.engine(slots=8, eager=True), groups)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++, which is not here")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_text_model_gives_the_same(llama: Known) -> None:
+    compiled = counters["stats"]["unique_graphs"]
+    engine = llama.engine(slots=5, compiled=True)
+    llama.check(engine, groups_of([6, 1, 3, 1, 2], random.Random(0)))
+    llama.check(engine, groups_of([1] * 7, random.Random(1)))
+    llama.check(engine, groups_of([1], random.Random(2)))
+    assert counters["stats"]["unique_graphs"] == compiled + 1, "a number of tokens was compiled"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_a_model_that_cannot_be_compiled_here_is_said_at_once(llama: Known) -> None:
+    without = {"cpp.cxx": (None, "/nowhere/c++"), "force_disable_caches": True}
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch(without),
+        pytest.raises(SpecError, match=r"resources\.generate\.compile.*/nowhere/c\+\+.*false"),
+    ):
+        llama.engine(slots=5, compiled=True)
 
 
 @settings(max_examples=12, deadline=None)

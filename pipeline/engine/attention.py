@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 LOWEST = torch.finfo(torch.float32).min
 _NUMBERS = itertools.count()
+_BY_NUMBER: dict[int, "SlotAttention"] = {}
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
@@ -65,8 +66,10 @@ class SlotAttention:
 
     def __init__(self, *, eager: bool = False) -> None:
         self._eager = eager
-        self.name = f"lavaflow_slots_{next(_NUMBERS)}"
+        self._number = next(_NUMBERS)
+        self.name = f"lavaflow_slots_{self._number}"
         self.current: Pass | None = None
+        _BY_NUMBER[self._number] = self
         AttentionInterface.register(self.name, self._attend)
         AttentionMaskInterface.register(self.name, _no_mask)
 
@@ -82,12 +85,46 @@ class SlotAttention:
         sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        assert self.current is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if torch.compiler.is_compiling():
+            numbers = self._number, module.layer_idx, scale, sliding_window
+            return _attend_uncompiled(query, key, value, *numbers), None
+        return self.attend(query, key, value, module.layer_idx, scale, sliding_window), None
+
+    def attend(  # noqa: PLR0913 (what an operator of torch can be given)
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: int,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """From [1, heads, tokens, dim] to [1, tokens, heads, dim]."""
+        assert self.current is not None
         # Of the kernels that tell their sums, only the CPU's has been tried out.
         eager = self._eager or query.device.type != "cpu"
-        asked = Asked(module.layer_idx, query[0], key[0], value[0], scale, sliding_window, eager)
-        return self.current.attend(asked)[None], None
+        asked = Asked(layer, query[0], key[0], value[0], scale, window, eager)
+        return self.current.attend(asked)[None]
+
+
+@torch.library.custom_op("lavaflow::attend", mutates_args=())
+def _attend_uncompiled(  # noqa: PLR0913 (as above)
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    number: int,
+    layer: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """What a compiled text model calls: a pass is another one every time."""
+    return _BY_NUMBER[number].attend(query, key, value, layer, scale, window).contiguous()
+
+
+@_attend_uncompiled.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -29,7 +29,10 @@ def engine_of(
     attention: str = "auto",
     resources: GenerateResources = GenerateResources(),  # noqa: B008 (frozen)
 ) -> Engine:
-    """`table`: of `pixels.pixel_table`. `attention`: as `model.attention` of a spec."""
+    """`table`: of `pixels.pixel_table`. `attention`: as `model.attention` of a spec.
+
+    Raises SpecError where `resources` ask for what does not work here.
+    """
     if attention != "flash_attention_2" and can_pack(model):
         from pipeline.engine.slots import SlotsEngine
 
@@ -39,6 +42,7 @@ def engine_of(
             table=table,
             kv_budget_bytes=resources.kv_budget_bytes,
             eager=attention == "eager",
+            compiled=resources.compile,
         )
     from pipeline.engine.plain import PlainEngine
 

@@ -45,9 +45,10 @@ class SlotsEngine:
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
     take; null: a share of the device's memory (`memory.py`). `eager`: attention by matrix products.
+    `compiled`: as in Language; raises SpecError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all but the model by name)
         self,
         model: "LlavaForConditionalGeneration",
         *,
@@ -55,6 +56,7 @@ class SlotsEngine:
         table: np.ndarray,
         kv_budget_bytes: int | None = None,
         eager: bool = False,
+        compiled: bool = False,
     ) -> None:
         text = model.config.get_text_config()
         self._eos = frozenset(eos_token_ids)
@@ -63,7 +65,7 @@ class SlotsEngine:
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table)
-        self._language = Language(model, eager=eager)
+        self._language = Language(model, eager=eager, compiled=compiled)
         self._room = Room(shape_of(text, dtype=model.dtype, device=model.device), kv_budget_bytes)
         on_cpu = self._device.type == "cpu"
         self._prefill_tokens = CPU_PREFILL_TOKENS if on_cpu else PREFILL_TOKENS
