@@ -34,6 +34,7 @@ bench: $(VENV)/dev ## speed, exactness and accuracy with the embedded model; pri
 	$(BIN)/python -m benchmarks.easy_vqa
 	$(BIN)/python -m benchmarks.embedded_domain
 	$(BIN)/python -m benchmarks.preprocess
+	$(BIN)/python -m benchmarks.quantization
 
 soak: $(VENV)/dev ## runs that are killed at random, for an hour; prints JSON
 	$(BIN)/python -m tests.soak

@@ -35,15 +35,16 @@ Tokens = tuple[int, ...]
 class Bench:
     """One model, asked in several ways."""
 
-    def __init__(self) -> None:
-        self.processor: Any = load_processor(SPEC)
-        self.model: Any = load_model(SPEC, torch.device("cpu"))
+    def __init__(self, spec: ModelSpec = SPEC) -> None:
+        self.spec = spec
+        self.processor: Any = load_processor(spec)
+        self.model: Any = load_model(spec, torch.device("cpu"))
         self.table = pixel_table(self.processor)
 
     def engine(self, images: Sequence[LabelledImage], *, budget: int) -> list[Tokens]:
         """Each question's tokens, all questions of an image in one request."""
         engine = SlotsEngine(
-            load_model(SPEC, torch.device("cpu")),
+            load_model(self.spec, torch.device("cpu")),
             eos_token_ids=[self.model.generation_config.eos_token_id],
             table=self.table,
             kv_budget_bytes=budget,

@@ -1,6 +1,7 @@
 """What decides an answer, as short hashes: whether a table may be continued.
 
-One side is the model's (weights, processor, dtype, template, limits), one is each question's.
+One side is the model's (weights, processor, dtype, quantization, template, limits), one is each
+question's.
 Attention kernel, device, batch size and actors do not decide an answer and are left out. Runs on
 the driver and imports no torch.
 """
@@ -27,10 +28,13 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
     checkpoint = open_checkpoint(job.model)
     pinned = checkpoint.commit
     columns = job.source.columns
+    quantization = job.model.quantization
     return {
         "weights": f"commit {pinned}" if pinned else _of_files(checkpoint, checkpoint.weights),
         "processor": f"commit {pinned}" if pinned else _of_files(checkpoint, _texts(checkpoint)),
         "dtype": dtype_name(job.model, checkpoint),
+        # Only where there is any: tables of unquantized models were begun before there was this.
+        **({} if quantization == "none" else {"quantization": quantization}),
         "template": _template(checkpoint),
         "system_prompt": digest({"text": job.model.system_prompt}),
         "decoding": "greedy",

@@ -207,6 +207,13 @@ class ModelSpec(Spec):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel, as transformers' `attn_implementation`."
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Weights of the text model's linear layers in 8 or 4 bits, by bitsandbytes "
+        "(`pip install 'lavaflow[quantization]'`); the vision tower, the projector and the output "
+        "layer keep `dtype`. Answers are other ones than without, and in 8 bits may depend on what "
+        "else is in the batch.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where the generate actor sees a GPU, else the CPU."
     )

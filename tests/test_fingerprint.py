@@ -22,7 +22,8 @@ def job_of(**parts):
 
 
 def differing(before, after):
-    return {name for name in before if before[name] != after[name]}
+    names = before.keys() | after.keys()
+    return {name for name in names if before.get(name) != after.get(name)}
 
 
 @pytest.fixture
@@ -61,6 +62,7 @@ def test_what_does_not_decide_an_answer_is_not_in_it(folder, parts):
     ("parts", "component"),
     [
         ({"model": {"dtype": "bfloat16"}}, "dtype"),
+        ({"model": {"quantization": "4bit"}}, "quantization"),
         ({"model": {"system_prompt": "Be brief."}}, "system_prompt"),
         ({"source": {"format": "images", "path": "x", "columns": {"image": "c"}}}, "image"),
         ({"source": {"format": "images", "path": "x", "max_image_pixels": 99}}, "pixels"),

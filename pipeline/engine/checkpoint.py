@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
+from pipeline.engine.quantization import check_installed
 from schemas.errors import SpecError
 from schemas.job import EMBEDDED, ModelSpec
 
@@ -164,6 +165,7 @@ def check_model(spec: ModelSpec) -> None:
     _check_weights(checkpoint)
     _check_texts(checkpoint)
     _check_attention(spec, checkpoint)
+    check_installed(spec.quantization)
 
 
 def _check_config(checkpoint: Checkpoint) -> None:
@@ -175,6 +177,13 @@ def _check_config(checkpoint: Checkpoint) -> None:
         raise SpecError(
             f"model {checkpoint.path} is a {architectures[0]} (model_type {model_type!r}); only "
             f"{ARCHITECTURE} (model_type 'llava') is supported, such as llava-hf/llava-1.5-7b-hf"
+        )
+    if quantized := checkpoint.config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise SpecError(
+            f"model {checkpoint.path} holds quantized weights (quantization_config of config.json: "
+            f"{method}), which are not supported: give the checkpoint that they were made of, and "
+            "set model.quantization to 8bit or 4bit"
         )
     decoding = checkpoint.read_json("generation_config.json")
     for key, neutral in PLAIN_DECODING.items():

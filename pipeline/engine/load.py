@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.engine import quantization
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
@@ -87,7 +88,8 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     """The model in eval mode, on `device`, in the dtype that `dtype_name` gives.
 
     Raises SpecError for weights that are missing or of another shape, which transformers would
-    draw at random, and for an attention kernel that is not installed.
+    draw at random, for an attention kernel or a quantization that is not installed, and for weights
+    that cannot be quantized.
     """
     import torch
     from transformers import LlavaForConditionalGeneration
@@ -98,20 +100,26 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
             "model.attention is flash_attention_2, but flash-attn is not installed on this worker: "
             "install it, or set model.attention to sdpa"
         )
+    quantization.check_installed(spec.quantization)
     checkpoint = open_checkpoint(spec)
+    dtype: torch.dtype = getattr(torch, dtype_name(spec, checkpoint))
     with _quiet(), _faults_of(checkpoint):
         model, report = LlavaForConditionalGeneration.from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision or "main",
-            dtype=getattr(torch, dtype_name(spec, checkpoint)),
+            dtype=dtype,
             attn_implementation=None if spec.attention == "auto" else spec.attention,
             use_safetensors=True,
             output_loading_info=True,
+            **quantization.load_options(spec.quantization, dtype=dtype, device=device),
         )
     if missing := sorted(report["missing_keys"]):
         raise SpecError(
             f"model {spec.path}: {len(missing)} weights are missing, {missing[0]} among them"
         )
+    if spec.quantization != "none":
+        quantization.check_layers(model, device=device, name=spec.path)
+        return model.eval()
     return model.to(device).eval()
 
 
