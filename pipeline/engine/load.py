@@ -118,7 +118,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
             f"model {spec.path}: {len(missing)} weights are missing, {missing[0]} among them"
         )
     if spec.quantization != "none":
-        quantization.check_layers(model, device=device, name=spec.path)
+        quantization.finished(model, device=device, name=spec.path)
         return model.eval()
     return model.to(device).eval()
 

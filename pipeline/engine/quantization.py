@@ -60,13 +60,26 @@ def load_options(
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
-def check_layers(model: "torch.nn.Module", *, device: "torch.device", name: str) -> None:
-    """Raise SpecError for a 4-bit layer that bitsandbytes cannot compute on a CPU."""
+def finished(model: "torch.nn.Module", *, device: "torch.device", name: str) -> None:
+    """What is left to do once a quantized model is loaded.
+
+    Raises SpecError for a 4-bit layer that bitsandbytes cannot compute on a CPU.
+    """
+    if device.type != "cpu":
+        return
+    _check_layers(model, name=name)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # A weight that still lies in the checkpoint's file keeps the whole of it in memory.
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
+def _check_layers(model: "torch.nn.Module", *, name: str) -> None:
     from bitsandbytes.nn import Linear4bit
 
     rows, columns = CPU_BLOCK
     for layer, module in model.named_modules():
-        if device.type != "cpu" or not isinstance(module, Linear4bit):
+        if not isinstance(module, Linear4bit):
             continue
         if module.out_features % rows or module.in_features % columns:
             raise SpecError(
