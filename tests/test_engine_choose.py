@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.choose import can_pack, engine_of
+from pipeline.engine.choose import engine_of, why_plain
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.plain import PlainEngine
 from pipeline.engine.slots import SlotsEngine
@@ -37,10 +37,27 @@ def test_flash_attention_gets_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("attn_logit_softcapping", 30.0), ("layer_types", ["full_attention", "linear_attention"])],
+    ("key", "value", "why"),
+    [
+        (
+            "attn_logit_softcapping",
+            30.0,
+            "its attention scores are capped (attn_logit_softcapping)",
+        ),
+        (
+            "layer_types",
+            ["full_attention", "linear_attention"],
+            "it has layers of linear_attention",
+        ),
+        (
+            "rope_parameters",
+            rope("dynamic")["rope_parameters"],
+            "its positions depend on the longest prompt of a batch (dynamic RoPE)",
+        ),
+    ],
 )
-def test_attention_of_another_kind_is_not_packed(key: str, value: Any) -> None:
+def test_attention_of_another_kind_is_not_packed(key: str, value: Any, why: str) -> None:
     model = tiny_model()
+    assert why_plain(model) is None
     setattr(model.config.get_text_config(), key, value)
-    assert not can_pack(model)
+    assert why_plain(model) == why

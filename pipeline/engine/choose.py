@@ -33,7 +33,7 @@ def engine_of(
 
     Raises SpecError where `resources` ask for what does not work here.
     """
-    if attention != "flash_attention_2" and can_pack(model):
+    if why_plain(model, attention=attention) is None:
         from pipeline.engine.slots import SlotsEngine
 
         return SlotsEngine(
@@ -50,18 +50,28 @@ def engine_of(
     return PlainEngine(model, eos_token_ids=eos_token_ids, table=table, batch_size=size)
 
 
-def can_pack(model: "LlavaForConditionalGeneration") -> bool:
-    """Whether slots give what the model alone would."""
+def why_plain(model: "LlavaForConditionalGeneration", *, attention: str = "auto") -> str | None:
+    """Why slots would not give what the model alone does; null where they do."""
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or SLOT_LAYERS)
-    return (
-        kinds <= SLOT_LAYERS
-        and not getattr(config, "attn_logit_softcapping", None)
-        and bool(getattr(model.model.language_model, "_supports_attention_backend", False))
-        and not _rope_depends_on_the_batch(model)
-    )
+    if attention == "flash_attention_2":
+        return "model.attention is flash_attention_2"
+    if other := sorted(kinds - SLOT_LAYERS):
+        return f"it has layers of {', '.join(other)}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention scores are capped (attn_logit_softcapping)"
+    if not getattr(model.model.language_model, "_supports_attention_backend", False):
+        return f"{type(model.model.language_model).__name__} cannot be given another attention"
+    if _rope_depends_on_the_batch(model):
+        return f"its positions depend on the longest prompt of a batch ({_rope_type(model)} RoPE)"
+    return None
 
 
 def _rope_depends_on_the_batch(model: "LlavaForConditionalGeneration") -> bool:
+    return _rope_type(model) in BATCH_ROPES
+
+
+def _rope_type(model: "LlavaForConditionalGeneration") -> str | None:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in BATCH_ROPES
+    name: str | None = rope.get("rope_type")
+    return name
