@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint, resolve
-from pipeline.engine.load import device_of, load_config, load_model, load_processor
+from pipeline.engine.load import (
+    device_of,
+    load_config,
+    load_model,
+    load_processor,
+    own_padding_side,
+)
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
 from tests.models import (
@@ -280,6 +286,13 @@ def test_the_processor_uses_pillow_and_pads_left():
     assert processor.tokenizer.padding_side == "left"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_that_a_checkpoint_brings_is_known(folder, side):
+    edit(folder / "tokenizer_config.json", padding_side=side)
+    assert own_padding_side(spec(folder)) == side
+    assert load_processor(spec(folder)).tokenizer.padding_side == "left"
+
+
 def test_a_broken_tokenizer_is_a_fault_of_the_spec(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(SpecError, match="cannot be loaded"):
@@ -289,6 +302,14 @@ def test_a_broken_tokenizer_is_a_fault_of_the_spec(folder):
 def test_an_image_token_that_the_model_does_not_know_is_refused(folder):
     edit(folder / "config.json", image_token_index=7)
     with pytest.raises(SpecError, match="image_token_index 7"):
+        load_processor(spec(folder))
+
+
+def test_a_tokenizer_without_the_image_token_is_refused(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"<image>"', '"<picture>"'))
+    edit(folder / "tokenizer_config.json", extra_special_tokens=None, image_token=None)
+    with pytest.raises(SpecError, match="the tokenizer has no token '<image>'"):
         load_processor(spec(folder))
 
 

@@ -34,16 +34,7 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     The backend is named because transformers picks torchvision's wherever that is installed, whose
     resizing gives other pixels. Raises SpecError where processor and model do not fit each other.
     """
-    from transformers import LlavaProcessor
-
-    checkpoint = open_checkpoint(spec)
-    with _quiet(), _faults_of(checkpoint):
-        processor = LlavaProcessor.from_pretrained(
-            checkpoint.path,
-            revision=checkpoint.revision or "main",
-            backend="pil",
-            padding_side="left",
-        )
+    processor = _processor(spec, padding_side="left")
     if processor.image_processor.backend != "pil":
         raise SpecError(
             f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
@@ -52,18 +43,41 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     return processor
 
 
+def own_padding_side(spec: ModelSpec) -> str:
+    """`left` or `right`: where the checkpoint's tokenizer pads, if it is not told otherwise."""
+    side: str = _processor(spec).tokenizer.padding_side
+    return side
+
+
+def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
+    from transformers import LlavaProcessor
+
+    checkpoint = open_checkpoint(spec)
+    with _quiet(), _faults_of(checkpoint):
+        return LlavaProcessor.from_pretrained(
+            checkpoint.path, revision=checkpoint.revision or "main", backend="pil", **options
+        )
+
+
 def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
     if processor.patch_size is None:
         raise SpecError(
             f"model {name}: processor_config.json has no patch_size; set it to "
             f"{config.vision_config.patch_size}, as vision_config of config.json has it"
         )
+    vocabulary = processor.tokenizer.get_vocab()
+    if processor.image_token not in vocabulary:
+        raise SpecError(
+            f"model {name}: the tokenizer has no token {processor.image_token!r}, which stands for "
+            f"the image in a prompt: add it as a special token of id {config.image_token_id} "
+            "(image_token_index of config.json)"
+        )
     if processor.image_token_id != config.image_token_id:
         raise SpecError(
             f"model {name}: the processor's image token {processor.image_token!r} is "
             f"{processor.image_token_id}, config.json's image_token_index {config.image_token_id}"
         )
-    largest = max(processor.tokenizer.get_vocab().values())
+    largest = max(vocabulary.values())
     if largest >= config.text_config.vocab_size:
         raise SpecError(
             f"model {name}: the tokenizer's largest id is {largest}, but the model embeds only "
