@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from jobs.subject import Subject, load_subject, save_random
 from jobs.workload import Workload, captions, noise, questions
 from pipeline.engine.choose import engine_of
 from pipeline.engine.load import load_model
+from pipeline.engine.memory import weights_bytes
 from pipeline.engine.quantization import PACKAGES
 from schemas.job import ModelSpec
 from tools.easy_vqa_data import LabelledImage, load_split
@@ -98,19 +99,6 @@ def rates_of(subject: Subject, works: Sequence[Workload], *, rounds: int) -> lis
             tokens_of(work, answered)
             rates.append(work.units(work.rows) / elapsed_s)
     return [round(median(rates[1:]), 2) for rates in measured]
-
-
-def weights_bytes(model: torch.nn.Module) -> int:
-    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(model)}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        for holder in (getattr(module, "state", None), getattr(module, "quant_state", None)):
-            yield from (v for v in vars(holder or object).values() if torch.is_tensor(v))
 
 
 def resident_bytes() -> int:

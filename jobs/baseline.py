@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Cache = Literal["default", "static"]
 Order = Literal["prompt", "answer"]
+Padding = Literal["left", "right"]
 Tokens = list[int]
 
 
@@ -30,12 +31,13 @@ class Setting:
     """How `generate` is used.
 
     `order`: rows are batched by the length of their prompts, which everybody can do, or by that
-    of their answers, which nobody knows beforehand.
+    of their answers, which nobody knows beforehand. `padding`: right, which is wrong, to show it.
     """
 
     batch_size: int
     cache: Cache = "default"
     order: Order = "prompt"
+    padding: Padding = "left"
 
 
 def twin(model: "LlavaForConditionalGeneration") -> "LlavaForConditionalGeneration":
@@ -75,7 +77,7 @@ class Baseline:
         """Each row's tokens, in the order of `rows`."""
         answers: dict[int, Tokens] = {}
         for batch in _batches(rows, setting):
-            said = self._generate([rows[i] for i in batch], setting.cache).tolist()
+            said = self._generate([rows[i] for i in batch], setting).tolist()
             answers.update((i, said[n][: rows[i].new_tokens]) for n, i in enumerate(batch))
         return [answers[i] for i in range(len(rows))]
 
@@ -100,26 +102,27 @@ class Baseline:
         forced: torch.Tensor = logits[0, :-1].float()
         return forced
 
-    def _generate(self, batch: Sequence[Row], cache: Cache) -> torch.Tensor:
+    def _generate(self, batch: Sequence[Row], setting: Setting) -> torch.Tensor:
         """What is said on each row [rows, longest answer of the batch]."""
         options: dict[str, Any] = _greedy(max(row.new_tokens for row in batch))
-        if cache == "static":
+        if setting.cache == "static":
             options["cache_implementation"] = "static"
             if self._model.device.type == "cpu":
                 # Where nothing is compiled, a cache as long as the longest so far only costs.
                 self._model._previous_max_cache_length = -1
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, setting.padding)
         whole: torch.Tensor = self._model.generate(**inputs, **options)
         return whole[:, inputs["input_ids"].shape[1] :]
 
-    def _inputs(self, batch: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Left-padded ids and mask [rows, longest prompt], and pixels [rows, 3, H, W]."""
+    def _inputs(self, batch: Sequence[Row], padding: Padding = "left") -> dict[str, torch.Tensor]:
+        """Padded ids and mask [rows, longest prompt], and pixels [rows, 3, H, W]."""
         longest = max(len(row.token_ids) for row in batch)
         ids = torch.full((len(batch), longest), self._pad)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(batch):
-            ids[i, longest - len(row.token_ids) :] = torch.tensor(row.token_ids)
-            mask[i, longest - len(row.token_ids) :] = 1
+            start = longest - len(row.token_ids) if padding == "left" else 0
+            ids[i, start : start + len(row.token_ids)] = torch.tensor(row.token_ids)
+            mask[i, start : start + len(row.token_ids)] = 1
         device = self._model.device
         return {
             "input_ids": ids.to(device),

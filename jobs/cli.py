@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from jobs.doctor_command import doctor
 from jobs.exits import Status, StatusGroup, print_result
 
 if TYPE_CHECKING:
@@ -246,6 +247,9 @@ def bench(mode: str, is_whole: bool, **options: Any) -> None:
     if not report["ok"]:
         click.echo("Error: the engine's answers are not those of generate: see agreement", err=True)
         click.get_current_context().exit(Status.FAILED)
+
+
+main.add_command(doctor)
 
 
 @main.command("spec")

@@ -1,8 +1,8 @@
 """How a command ends: the one place where exceptions become exit statuses.
 
     0    complete
-    1    the job failed (JobError), `verify` or `bench` found a fault, or the result could not be
-         written
+    1    the job failed (JobError), `verify`, `bench` or `doctor` found a fault, or the result could
+         not be written
     2    bad usage or spec (SpecError, click's UsageError)
     3    complete, but more rows failed than `max_failed_fraction`
     75   another run holds the output (OutputHeld); nothing was changed

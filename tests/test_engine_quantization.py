@@ -10,11 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.quantization import weights_bytes
 from jobs.cli import main
 from pipeline.engine.checkpoint import check_model
 from pipeline.engine.choose import engine_of
 from pipeline.engine.load import load_model, load_processor
+from pipeline.engine.memory import weights_bytes
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.quantization import PACKAGES
 from pipeline.engine.request import Answer

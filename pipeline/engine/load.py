@@ -60,10 +60,10 @@ def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
 
 
 def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
-    if processor.patch_size is None:
+    if not processor.patch_size:
         raise SpecError(
-            f"model {name}: processor_config.json has no patch_size; set it to "
-            f"{config.vision_config.patch_size}, as vision_config of config.json has it"
+            f"model {name}: patch_size of processor_config.json is {processor.patch_size}; set it "
+            f"to {config.vision_config.patch_size}, as vision_config of config.json has it"
         )
     vocabulary = processor.tokenizer.get_vocab()
     if processor.image_token not in vocabulary:

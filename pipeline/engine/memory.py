@@ -1,6 +1,9 @@
-"""Memory of the device: how much the slots may take, and how it shows that there is none left."""
+"""Memory of the device: how much the slots may take, what weights take, and how it shows that there
+is none left."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,6 +18,34 @@ def default_kv_budget_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARE)
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+
+
+def weights_bytes(model: torch.nn.Module) -> int:
+    """Of parameters, buffers, and the scales of what is quantized."""
+    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(model)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    # bitsandbytes keeps scales in several places.
+    holders = [getattr(m, name, None) for m in model.modules() for name in ("state", "quant_state")]
+    for holder in (*model.parameters(), *holders):
+        kept = vars(holder).values() if hasattr(holder, "__dict__") else ()
+        yield from (value for value in kept if isinstance(value, torch.Tensor))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that nobody needs."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    told = Path("/proc/meminfo")
+    for line in told.read_text().splitlines() if told.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,0 +1,141 @@
+"""What a checkpoint's processor makes of images and questions: whether the model can read it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from jobs.findings import Finding
+from jobs.subject import Subject
+from jobs.workload import Workload
+from pipeline.engine.look import mismatch
+from pipeline.engine.pixels import ProcessorResize, normalised, resize_of
+from pipeline.engine.request import Branch
+from pipeline.tokenise import Tokeniser
+from schemas.job import ModelSpec
+
+QUESTIONS = (
+    "What is this?",
+    "Describe the image in one sentence.",
+    "Is there anything red in it? Answer yes or no.",
+    "How many things are to be seen, and which of them is the largest one of all?",
+    "Where was this taken, at what time of the day and of the year, in what kind of weather, and "
+    "how can one tell all that from what is to be seen?",
+)
+QUESTIONS_OF = (1, 2, 3, 5)
+"""On each image: a lone one and several are packed differently."""
+FEWEST_TOKENS, MOST_TOKENS = 3, 16
+"""Of an answer."""
+
+
+def look_over(spec: ModelSpec, subject: Subject) -> Iterator[Finding]:
+    """Raises PromptError where a question cannot be put to the model."""
+    yield _image_tokens(subject)
+    yield _pixels(subject)
+    yield from _text(spec, subject)
+
+
+def _image_tokens(subject: Subject) -> Finding:
+    about, n_tokens = "image tokens", subject.tokens_per_image
+    height, width = subject.image_shape[:2]
+    try:
+        n_features = _features(subject)
+    except (ValueError, RuntimeError) as error:
+        return Finding(
+            about,
+            "wrong",
+            f"the processor makes images of {width} x {height} pixels, which the model does not "
+            f"take: {error}. Bring size and crop_size of the image processor in line with "
+            "vision_config.image_size of config.json",
+        )
+    if n_tokens == n_features:
+        return Finding(
+            about,
+            "ok",
+            f"an image is resized to {width} x {height} pixels and takes {n_tokens} places in a "
+            "prompt, as many as the model fills",
+        )
+    return Finding(
+        about,
+        "wrong",
+        f"an image takes {n_tokens} places in a prompt, but the model has {n_features} pieces of "
+        "it to put there: every question would be a failed row (TokenFeatureMismatch). "
+        + (_culprits(subject) or str(mismatch(n_tokens, n_features))),
+    )
+
+
+@torch.inference_mode()
+def _features(subject: Subject) -> int:
+    """How many the model makes of one image."""
+    model = subject.model
+    blank = torch.from_numpy(np.zeros((1, *subject.image_shape), np.uint8))
+    pixels = normalised(blank, torch.from_numpy(subject.table).to(model.device)).to(model.dtype)
+    return sum(len(each) for each in model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def _culprits(subject: Subject) -> str:
+    """What processor and model say differently of how an image is cut up."""
+    processor, config = subject.processor, subject.model.config
+    pairs = {
+        "patch_size": (processor.patch_size, config.vision_config.patch_size),
+        "vision_feature_select_strategy": (
+            processor.vision_feature_select_strategy,
+            config.vision_feature_select_strategy,
+        ),
+    }
+    return "; ".join(
+        f"{key} is {theirs!r} in processor_config.json, but {ours!r} in config.json, which the "
+        f"weights were made for: set it to {ours!r} in processor_config.json"
+        for key, (theirs, ours) in pairs.items()
+        if theirs != ours
+    )
+
+
+def _pixels(subject: Subject) -> Finding:
+    kind = type(subject.processor.image_processor).__name__
+    by_pillow = not isinstance(resize_of(subject.processor), ProcessorResize)
+    how = "by Pillow alone, bit for bit as" if by_pillow else "by"
+    return Finding("pixels", "ok", f"images are resized {how} transformers' {kind}")
+
+
+def _text(spec: ModelSpec, subject: Subject) -> Iterator[Finding]:
+    processor, tokenizer = subject.processor, subject.processor.tokenizer
+    tokeniser = Tokeniser(spec, processor)
+    prompt = tokeniser.render(QUESTIONS[0], ())
+    tokeniser.check(tokeniser.ids(prompt), max_new_tokens=MOST_TOKENS)
+    shown = f"a question becomes {prompt!r}"
+    if processor.chat_template:
+        yield Finding("chat template", "ok", shown)
+    else:
+        yield Finding(
+            "chat template",
+            "mended",
+            f"the checkpoint brings none; LLaVA-1.5's is used, and {shown}. If the model was "
+            "trained on another, put it into chat_template.jinja",
+        )
+    if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
+        told = f"the template writes {tokenizer.bos_token}, and so would the tokenizer: one is used"
+        yield Finding("start token", "mended", told)
+    if not subject.end_tokens:
+        yield Finding(
+            "end token",
+            "note",
+            "neither generation_config.json nor the tokenizer names one: no answer ends by itself, "
+            "each is as long as generate.max_new_tokens allows",
+        )
+
+
+def mixed_work(spec: ModelSpec, subject: Subject, images: list[np.ndarray]) -> Workload:
+    """Few and many questions on an image, of all lengths, with answers of all lengths."""
+    tokeniser = Tokeniser(spec, subject.processor)
+    image_token = subject.model.config.image_token_id
+    asked = [tuple(tokeniser.ids(tokeniser.render(text, ()))) for text in QUESTIONS]
+    end = max(place for place, token in enumerate(asked[0]) if token == image_token) + 1
+    branches = [
+        [
+            Branch(asked[n][end:], FEWEST_TOKENS + (5 * n + 3 * image) % (MOST_TOKENS - 2))
+            for n in range(count)
+        ]
+        for image, count in zip(range(len(images)), QUESTIONS_OF, strict=True)
+    ]
+    return Workload("vqa", images, asked[0][:end], branches)
