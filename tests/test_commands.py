@@ -3,20 +3,26 @@
 import json
 import os
 import socket
+import subprocess
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from jobs.quick import question_asks
 from pipeline.lease import hold
 from pipeline.storage import Output
 from schemas.job import StorageSpec
 from tests.processes import LiveRun
-from tests.shards import image_bytes, write_shard
+from tests.shards import image_bytes
 from tests.watch import wait_until
 from tests.whole_jobs import answers, job_of, lavaflow, scene, write_shapes
 
 pytestmark = pytest.mark.slow
+
+QUESTION = "what color is the shape?"
 
 
 def write_spec(folder: Path, **keys: object) -> Path:
@@ -26,39 +32,73 @@ def write_spec(folder: Path, **keys: object) -> Path:
     return path
 
 
-def test_three_bad_images_are_three_failed_rows_and_the_rest_is_answered(tmp_path: Path) -> None:
-    good = [(f"good-{n}.png", scene(n)[2]) for n in range(3)]
-    bad = [
-        ("bad-cut.jpg", image_bytes("JPEG", size=(64, 64))[:500]),
-        ("bad-text.png", b"this is no picture"),
-        ("bad-empty.png", b""),
-    ]
-    write_shard(tmp_path / "in/0.tar", [good[0], *bad, good[1], good[2]])
-    arguments = ["ask", "in", "-q", "what color is the shape?", "-o", "out"]
-    first = lavaflow(*arguments, cwd=tmp_path)
-    assert first.returncode == 3, first.stderr
-    found = {row["sample_id"]: row for row in answers(tmp_path / "out")}
+@dataclass(frozen=True)
+class Asked:
+    """`lavaflow ask photos -o out --json` in `folder`, beside folders of the user's own."""
+
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["ask", "photos", "-q", QUESTION, "-o", "out"]
+
+    @property
+    def found(self) -> dict[str, dict[str, Any]]:
+        return {row["sample_id"]: row for row in answers(self.folder / "out")}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    folder = tmp_path_factory.mktemp("asked")
+    for name in ("jobs", "schemas", "pipeline"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    bad = {
+        "bad-cut.jpg": image_bytes("JPEG", size=(64, 64))[:500],
+        "bad-text.png": b"this is no picture",
+        "bad-empty.png": b"",
+    }
+    (folder / "photos").mkdir()
+    for name, image in {**bad, **{f"good-{n}.png": scene(n)[2] for n in range(3)}}.items():
+        (folder / "photos" / name).write_bytes(image)
+    whole = Asked(folder, subprocess.CompletedProcess([], 0))
+    return replace(whole, done=lavaflow(*whole.arguments, "--json", cwd=folder))
+
+
+def test_three_bad_images_are_three_failed_rows_and_the_rest_is_answered(asked: Asked) -> None:
+    found = asked.found
     assert {name: row["error_class"] for name, row in found.items() if row["error_class"]} == {
-        "bad-cut": "ImageCorrupt",
-        "bad-text": "ImageUnidentified",
-        "bad-empty": "ImageEmpty",
+        "bad-cut.jpg": "ImageCorrupt",
+        "bad-text.png": "ImageUnidentified",
+        "bad-empty.png": "ImageEmpty",
     }
     assert all(row["error_message"] for row in found.values() if row["status"] == "failed")
-    assert [found[f"good-{n}"]["answer"] for n in range(3)] == [scene(n)[0] for n in range(3)]
+    assert [found[f"good-{n}.png"]["answer"] for n in range(3)] == [scene(n)[0] for n in range(3)]
 
-    lenient = lavaflow(*arguments, "--set", "max_failed_fraction=0.5", cwd=tmp_path)
+
+def test_too_many_failures_end_with_status_3_and_are_told(asked: Asked) -> None:
+    assert asked.done.returncode == 3, asked.done.stderr
+    record = json.loads(asked.done.stdout)
+    assert record["counts"] == {"ok": 3, "failed": 3, "skipped": 0}
+    assert record["failures"]["ImageUnidentified"]["count"] == 1
+    lenient = lavaflow(*asked.arguments, "--set", "max_failed_fraction=0.5", cwd=asked.folder)
     assert lenient.returncode == 0, lenient.stderr
-    assert lavaflow("verify", "out", cwd=tmp_path).returncode == 0
+    assert lavaflow("verify", "out", cwd=asked.folder).returncode == 0
 
 
-def test_folders_of_the_user_called_jobs_and_schemas_are_not_ours(tmp_path: Path) -> None:
-    for name in ("jobs", "schemas", "pipeline"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
-    write_shapes(tmp_path / "in", shards=1, images=2)
-    done = lavaflow("ask", "in", "-q", "what shape is present?", "-o", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(answers(tmp_path / "out")) == 2
+def test_an_image_that_came_later_is_missing_to_verify(asked: Asked, tmp_path: Path) -> None:
+    (tmp_path / "later.jpg").write_bytes(b"no image either")
+    source = {"format": "images", "path": [str(asked.folder / "photos"), str(tmp_path)]}
+    spec = write_spec(tmp_path, source=source, ask=question_asks([QUESTION]))
+    verified = lavaflow("verify", "out", "--spec", str(spec), cwd=asked.folder)
+    assert verified.returncode == 1, verified.stderr
+    assert json.loads(verified.stdout)["missing"]["count"] == 1
+
+
+def test_folders_of_the_user_called_jobs_and_schemas_are_not_ours(asked: Asked) -> None:
+    assert "ImportError" not in asked.done.stderr
+    assert asked.found["good-0.png"]["status"] == "ok"
 
 
 def test_an_unwritable_output_is_found_before_a_model_is_loaded(tmp_path: Path) -> None:

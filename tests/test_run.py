@@ -35,6 +35,36 @@ def ray_session(s3_server: S3Server) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="class")
+def talk_about_noise(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[JobSpec, str]:
+    """A job that goes on with a conversation about an image of noise, and what its run said."""
+    folder = tmp_path_factory.mktemp("talk")
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    earlier = [
+        {"role": "user", "content": "<image>\nwhat color is the shape?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    members = [("0.png", saved(noise, "PNG")), ("0.json", json_bytes({"talk": earlier}))]
+    write_shard(folder / "in/0.tar", members)
+    source = {
+        "format": "webdataset",
+        "path": str(folder / "in"),
+        "columns": {"conversation": "talk"},
+    }
+    job = job_of(
+        folder / "in",
+        folder / "out",
+        source=source,
+        ask=[{"id": "shape", "prompt": "what shape is present?"}],
+        model={"system_prompt": "Answer in a word."},
+        output={"path": str(folder / "out"), "prompts": True},
+    )
+    _, said = run(job)
+    return job, said
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte."""
@@ -218,38 +248,21 @@ class TestOnTwoCores:
         assert result.record["counts"]["ok"] > 0
         assert verify(job).ok
 
-    def test_an_earlier_conversation_is_part_of_the_prompt(self, tmp_path: Path) -> None:
-        earlier = [
-            {"role": "user", "content": "<image>\nwhat color is the shape?"},
-            {"role": "assistant", "content": "red"},
-        ]
-        members = [("0.png", scene(0)[2]), ("0.json", json_bytes({"talk": earlier}))]
-        write_shard(tmp_path / "in/0.tar", members)
-        source = {
-            "format": "webdataset",
-            "path": str(tmp_path / "in"),
-            "columns": {"conversation": "talk"},
-        }
-        job = job_of(
-            tmp_path / "in",
-            tmp_path / "out",
-            source=source,
-            ask=[{"id": "shape", "prompt": "what shape is present?"}],
-            model={"system_prompt": "Answer in a word."},
-            output={"path": str(tmp_path / "out"), "prompts": True},
-        )
-        run(job)
-        (row,) = answers(tmp_path / "out")
+    def test_an_earlier_conversation_is_part_of_the_prompt(
+        self, talk_about_noise: tuple[JobSpec, str]
+    ) -> None:
+        job, _ = talk_about_noise
+        (row,) = answers(job.output.path)
         assert row["prompt"] == (
             "Answer in a word. USER: <image>\nwhat color is the shape? ASSISTANT: red</s>"
             "USER: what shape is present? ASSISTANT:"
         )
         assert row["status"] == "ok"
 
-    def test_other_images_than_shapes_bring_a_loud_warning(self, tmp_path: Path) -> None:
-        noise = Image.effect_noise((64, 64), 90).convert("RGB")
-        write_shard(tmp_path / "in/0.tar", [("0.png", saved(noise, "PNG"))])
-        _, said = run(job_of(tmp_path / "in", tmp_path / "out"))
+    def test_other_images_than_shapes_bring_a_loud_warning(
+        self, talk_about_noise: tuple[JobSpec, str]
+    ) -> None:
+        _, said = talk_about_noise
         assert "WARNING: the embedded model knows one coloured shape" in said
 
     def test_a_machine_that_cannot_load_the_model_ends_the_job_with_the_reason(
@@ -333,7 +346,7 @@ def test_each_generate_actor_claims_a_gpu_of_its_own(tmp_path: Path) -> None:
     import ray
 
     write_shapes(tmp_path / "in", shards=4, images=6)
-    resources = {"generate": {"actors": 3, "batch_size": 2}}
+    resources = {"generate": {"actors": 2, "batch_size": 2}}
     job = job_of(tmp_path / "in", tmp_path / "out", resources=resources)
     free: list[float] = []
     over = threading.Event()
@@ -343,7 +356,7 @@ def test_each_generate_actor_claims_a_gpu_of_its_own(tmp_path: Path) -> None:
             free.append(ray.available_resources().get("GPU", 0.0))
             time.sleep(0.1)
 
-    with ray_of(num_cpus=6, num_gpus=4):
+    with ray_of(num_cpus=5, num_gpus=3):
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
@@ -353,5 +366,5 @@ def test_each_generate_actor_claims_a_gpu_of_its_own(tmp_path: Path) -> None:
             watcher.join()
     assert min(free) == 1.0
     resolved: dict[str, Any] = dict(result.record["resources"])
-    assert (resolved["generate_actors"], resolved["generate_gpus"]) == (3, 1.0)
+    assert (resolved["generate_actors"], resolved["generate_gpus"]) == (2, 1.0)
     assert verify(job).ok
