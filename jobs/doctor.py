@@ -29,7 +29,8 @@ from schemas.errors import JobError, PromptError, SpecError
 from schemas.job import ModelSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+FLASH, FLASH_DTYPE = "flash_attention_2", "bfloat16"
+ATTENTIONS = ("sdpa", "eager", FLASH)
 QUANTIZATIONS = ("8bit", "4bit")
 FLOAT32_BYTES = 4 * 1.3
 """Of a weight, with what a forward pass needs beside it."""
@@ -84,7 +85,7 @@ class Doctor:
         said = self.exact(trials, needed, available_bytes(device))
         quantized = self.quantizations(trials)
         self.dtypes(trials, own, said, quantized)
-        self.attentions(trials, said)
+        self.attentions(trials, own, said)
 
     def describe(self, subject: Subject, work: Workload) -> None:
         """What it is, which engine it gets, and what its answers take."""
@@ -147,11 +148,16 @@ class Doctor:
             if not found["works"] and name == own:
                 self.findings.append(Finding("dtype", "wrong", _dtype_fault(name, found)))
 
-    def attentions(self, trials: Trials, said: Sequence[Tokens] | None) -> None:
+    def attentions(self, trials: Trials, own: str, said: Sequence[Tokens] | None) -> None:
+        """In float32, where that could be tried; flash attention knows 16 bits only."""
+        dtype = own if said is None else "float32"
         self.report["attention"] = {}
         for name in ATTENTIONS:
             self.say(f"attention {name}")
-            self.report["attention"][name] = trials.attention(name, said)
+            if name == FLASH:
+                self.report["attention"][name] = trials.attention(name, FLASH_DTYPE, None)
+            else:
+                self.report["attention"][name] = trials.attention(name, dtype, said)
 
 
 def _exactness(found: Report) -> Finding:

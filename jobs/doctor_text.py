@@ -60,7 +60,9 @@ def _dtype(found: Report) -> str:
 def _attention(found: Report) -> str:
     if "why" in found:
         return f"attention: {found['why']}"
-    if not found.get("other_answers"):
+    if "other_answers" not in found:
+        return f"attention, tried in {found['dtype']}"
+    if not found["other_answers"]:
         return "attention: gives the same answers"
     return f"attention, in {found['dtype']}: {found['other_answers']} answers are others"
 

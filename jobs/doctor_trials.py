@@ -92,9 +92,8 @@ class Trials:
             **forced["engine"],
         }
 
-    def attention(self, name: str, said: Sequence[Tokens] | None) -> Report:
-        """`said`: in float32; null where that is not known."""
-        dtype = "bfloat16" if name == "flash_attention_2" else "float32"
+    def attention(self, name: str, dtype: str, said: Sequence[Tokens] | None) -> Report:
+        """`said`: in that dtype, by another attention; null where that is not known."""
         try:
             with self._loaded(dtype=dtype, attention=name) as subject:
                 found = self._said(subject, attention=name)

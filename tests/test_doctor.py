@@ -290,6 +290,24 @@ def test_a_model_too_large_for_float32_here_is_not_said_to_be_exact(folder: Path
     assert "that takes about 28 GB, and 16 GB are free" in finding.text
 
 
+def test_nothing_is_tried_in_float32_where_that_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def build(subject: Any, **options: Any) -> Any:
+        loaded.append(subject.dtype)
+        return build_engine(subject, **options)
+
+    monkeypatch.setattr("jobs.doctor.FLOAT32_BYTES", 1e12)
+    report = examine(ModelSpec(path=str(folder), dtype="bfloat16"), say=quiet, build=build)
+    assert report["ok"]
+    assert set(loaded) == {"bfloat16", "float16"}
+    assert set(report["dtype"]) == {"bfloat16", "float16"}
+    assert report["attention"]["eager"] == {"works": True, "dtype": "bfloat16"}
+    assert told(report).endswith("Nothing is wrong, as far as it was tried.\n")
+
+
 # The command
 
 
