@@ -31,6 +31,7 @@ bench: $(VENV)/dev ## speed, exactness and accuracy with the embedded model; pri
 	$(BIN)/lavaflow bench vqa
 	$(BIN)/lavaflow bench caption
 	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.choices
 	$(BIN)/python -m benchmarks.easy_vqa
 	$(BIN)/python -m benchmarks.embedded_domain
 	$(BIN)/python -m benchmarks.preprocess

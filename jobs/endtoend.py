@@ -28,8 +28,9 @@ from jobs.workload import noise
 from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.parts import ANSWERS
 from pipeline.tokenise import Tokeniser
+from schemas.ask import AskPrompt
 from schemas.errors import JobError
-from schemas.job import AskPrompt, JobSpec, ModelSpec
+from schemas.job import JobSpec, ModelSpec
 
 QUESTION_TOKENS = 12
 IMAGES_ALONE = 64
@@ -142,7 +143,7 @@ def _requests(
         assert isinstance(ask, AskPrompt)
         ids = tokeniser.ids(tokeniser.render(ask.prompt, ()))
         split = len(ids) - ids[::-1].index(subject.vocabulary.image_token_id)
-        branches.append(Branch(tuple(ids[split:]), job.max_new_tokens(ask)))
+        branches.append(Branch(tuple(ids[split:]), job.decoding(ask).max_new_tokens))
     lead = tuple(ids[:split])
     for number, pixels in enumerate(images):
         yield Request(Prefix(lead, [ImagePixels(pixels, f"{look} {number}")]), branches)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
-from schemas.job import ROW_QUESTIONS, JobSpec
+from schemas.ask import ROW_QUESTIONS
+from schemas.job import JobSpec
 
 MAX_VALUE_CHARACTERS = 60
 

@@ -19,8 +19,9 @@ from pipeline.prompt import IMAGE_TOKEN
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
+from schemas.ask import AskPrompt, AskRow
 from schemas.errors import SpecError
-from schemas.job import AskPrompt, AskRow, JobSpec
+from schemas.job import JobSpec
 from schemas.tables import RESERVED_COLUMNS
 
 
@@ -56,7 +57,8 @@ class Plan:
         rows = [shard.rows for shard in self.shards]
         total = None if None in rows else sum(filter(None, rows))
         known = [n for n in (total, self.job.source.limit) if n is not None]
-        return min(known) * len(self.job.units) if known else None
+        answers = sum(self.job.samples(ask) for ask in self.job.ask)
+        return min(known) * answers if known else None
 
 
 def _first_rows(known: Sequence[ShardWork], *, limit: int, units: Sequence[str]) -> list[ShardWork]:
@@ -89,7 +91,7 @@ def plan(job: JobSpec) -> Plan:
         )
     source = open_source(job.source)
     shards = source.list()
-    check_model(job.model)
+    check_model(job.model, job.generate)
     _check_prompts(job)
     job = _pinned(job)
     keep = source.keep_types()
@@ -104,6 +106,8 @@ def _check_prompts(job: JobSpec) -> None:
     for number, ask in enumerate(job.ask):
         if isinstance(ask, AskPrompt):
             texts[f"ask.{number}.prompt"] = ask.prompt
+        for place, choice in enumerate(ask.choices or ()):
+            texts[f"ask.{number}.choices.{place}"] = choice
     for key, text in texts.items():
         if IMAGE_TOKEN in text:
             raise SpecError(
@@ -111,7 +115,7 @@ def _check_prompts(job: JobSpec) -> None:
                 "model's format wants it"
             )
     context = checkpoint.config.get("text_config", {}).get("max_position_embeddings")
-    longest = max(job.max_new_tokens(ask) for ask in job.ask)
+    longest = max(1 if a.choices else job.decoding(a).max_new_tokens for a in job.ask)
     if context is not None and longest >= context:
         raise SpecError(
             f"max_new_tokens: {longest} is no less than the context of {job.model.path}, {context} "

@@ -14,8 +14,8 @@ from typing import Any
 from braceexpand import braceexpand
 
 from jobs.load import absolute
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import SpecError
-from schemas.job import ROW_QUESTIONS
 
 CAPTION_PROMPT = "Describe the image."
 MAX_ID_CHARACTERS = 60

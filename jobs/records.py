@@ -19,8 +19,9 @@ from typing import Any
 
 from jobs.load import absolute, build_spec
 from jobs.progress import duration
+from schemas.ask import Ask
 from schemas.errors import SpecError
-from schemas.job import Ask, JobSpec, StorageSpec
+from schemas.job import JobSpec, StorageSpec
 
 RUNS = "runs"
 
@@ -79,9 +80,9 @@ def _asked(newest: JobSpec, *earlier: JobSpec) -> tuple[Ask, ...]:
     asks: dict[str, Ask] = dict(zip(newest.units, newest.ask, strict=True))
     for job in earlier:
         for unit, ask in zip(job.units, job.ask, strict=True):
-            # The newest job's default is not that of the job that asked.
-            pinned = ask.model_copy(update={"max_new_tokens": job.max_new_tokens(ask)})
-            asks.setdefault(unit, pinned)
+            # The newest job's defaults are not those of the job that asked.
+            pinned = {} if ask.choices else job.decoding(ask).model_dump(exclude={"seed"})
+            asks.setdefault(unit, ask.model_copy(update=pinned))
     return tuple(asks.values())
 
 

@@ -24,8 +24,9 @@ from pipeline.sources import open_source
 from pipeline.sources.base import Question, Reading, Sample, Shard
 from pipeline.sources.fetch import Unfetched
 from pipeline.storage import Output
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import RowError
-from schemas.job import ROW_QUESTIONS, JobSpec
+from schemas.job import JobSpec
 from schemas.tables import answer_schema
 
 EXAMPLES = 5
@@ -101,13 +102,14 @@ def verify(job: JobSpec) -> Report:
     table, staged, faults = read_table(
         output, schema=schema, versions={shard.uri: shard.identity for shard in shards}
     )
+    samples = {u: job.samples(ask) for u, ask in zip(job.units, job.ask, strict=True)}
     missing, doubled, unexpected = Finding(), Finding(), Finding()
     inputs = 0
     wanted = END if job.source.limit is None else job.source.limit
     for shard, there in _by_shard(table, shards, unexpected=unexpected):
         most = _rows_to_read(wanted, there)
         reading = Reading(source.read(shard, skip=Ranges.starting(most)))
-        for identity in _called_for(reading if most else (), units=job.units):
+        for identity in _called_for(reading if most else (), samples=samples):
             times = there.pop(identity, 0)
             # What a run without a limit, or with another one, has answered is an input, too.
             if times or identity[0] < wanted:
@@ -137,19 +139,21 @@ def _rows_to_read(wanted: int, there: Iterable[Identity]) -> int:
     return max([wanted, *(index + 1 for index, _, _, _ in there if index is not None)])
 
 
-def _called_for(samples: Iterable[Sample], *, units: Sequence[str]) -> Iterator[Identity]:
-    for sample in samples:
-        for question_id in question_ids(sample, units=units):
-            yield sample.index, question_id, 0, 0
+def _called_for(rows: Iterable[Sample], *, samples: Mapping[str, int]) -> Iterator[Identity]:
+    for row in rows:
+        for question_id, number in answer_ids(row, samples=samples):
+            yield row.index, question_id, 0, number
 
 
-def question_ids(sample: Sample, *, units: Sequence[str]) -> list[str | None]:
-    """The question id of each answer that a source row has to have; it has one at least."""
-    if sample.error is not None:
-        return [None]
-    ids: list[str | None] = []
-    for unit in units:
-        ids += [unit] if unit != ROW_QUESTIONS else _own_ids(sample.questions, taken=units)
+def answer_ids(row: Sample, *, samples: Mapping[str, int]) -> list[tuple[str | None, int]]:
+    """The question id and the sample number of each answer that a source row has to have; it has
+    one at least. `samples`: how many answers a question of each unit has."""
+    if row.error is not None:
+        return [(None, 0)]
+    ids: list[tuple[str | None, int]] = []
+    for unit, count in samples.items():
+        own = [unit] if unit != ROW_QUESTIONS else _own_ids(row.questions, taken=tuple(samples))
+        ids += [(each, n) for each in own for n in range(1 if each is None else count)]
     return ids
 
 

@@ -15,8 +15,8 @@ from pipeline.footer import Fingerprint
 from pipeline.parts import read_columns
 from pipeline.sources.base import Shard
 from pipeline.storage import READERS, Output
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import SpecError
-from schemas.job import ROW_QUESTIONS
 
 PLACE = ("source_uri", "source_index", "question_id")
 

@@ -6,6 +6,7 @@ decoded in a process beside this one (`decoder.py`), its prompts are tokenised h
 and no weights.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from pipeline.engine.load import load_processor
 from pipeline.engine.pixels import ProcessorResize, pixel_table, resize_of
 from pipeline.sources.base import Turn
 from pipeline.tokenise import Tokeniser
+from schemas.ask import AskPrompt
 from schemas.errors import (
     DecodeError,
     PromptError,
@@ -26,8 +28,18 @@ from schemas.errors import (
     RowError,
     SpecError,
 )
-from schemas.job import AskPrompt, JobSpec
-from schemas.tables import KEEP, LINE, PREPARED, SAMPLE, SHARD, error_of, table_of, with_keep
+from schemas.job import JobSpec
+from schemas.tables import (
+    KEEP,
+    LINE,
+    PREPARED,
+    PROMPT,
+    SAMPLE,
+    SHARD,
+    error_of,
+    table_of,
+    with_keep,
+)
 
 _SHARD, _LINE = [field.name for field in SHARD], [field.name for field in LINE]
 _BUT_IMAGE = [name for name in SAMPLE.names if name != "image"]
@@ -37,6 +49,8 @@ _NO_QUESTIONS = {
     "message": "the row brings no questions of its own: there is nothing to answer",
 }
 """Why a row is skipped; no RowError, since nothing is wrong with it."""
+
+_NOTHING = dict.fromkeys(field.name for field in PROMPT)
 
 Entry = dict[str, Any]
 """One PROMPT struct in the making."""
@@ -50,12 +64,13 @@ class Encode:
     """SAMPLE rows (plus kept columns) to PREPARED rows, in their order; end marks pass."""
 
     def __init__(self, job: JobSpec, keep: Mapping[str, pa.DataType]) -> None:
-        self._job, self._keep = job, keep
+        self._keep = keep
         processor = load_processor(job.model)
         pixel_table(processor)
         self._decoder = Decoder(_decode_settings(job, processor))
         self._tokeniser = Tokeniser(job.model, processor)
         self._asks = dict(zip(job.units, job.ask, strict=True))
+        self._longest = {u: job.decoding(ask).max_new_tokens for u, ask in self._asks.items()}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         samples = batch.select(_BUT_IMAGE).to_pylist()
@@ -105,7 +120,12 @@ class Encode:
             try:
                 entry["prompt"] = self._tokeniser.render(entry["question"], earlier)
                 ids = self._tokeniser.ids(entry["prompt"])
-                self._tokeniser.check(ids, max_new_tokens=entry["max_new_tokens"])
+                longest = entry["max_new_tokens"]
+                if given := self._asks[entry["unit"]].choices:
+                    choices = self._tokeniser.choices(entry["prompt"], given)
+                    longest = choices.longest - len(ids)
+                    entry["choices"] = dataclasses.asdict(choices)
+                self._tokeniser.check(ids, max_new_tokens=longest)
                 entry["token_ids"] = ids
             except PromptError as error:
                 _fail(entry, error_of(error))
@@ -129,9 +149,8 @@ class Encode:
 
     def _asked_of(self, unit: str, line: Line) -> Iterator[Entry]:
         ask = self._asks[unit]
-        longest = self._job.max_new_tokens(ask)
         if isinstance(ask, AskPrompt):
-            yield _entry(unit, ask.prompt, longest)
+            yield self._entry(unit, unit, ask.prompt)
         elif line["questions_error"]:
             yield _fail(_entry(), line["questions_error"])
         elif not line["questions"]:
@@ -140,19 +159,15 @@ class Encode:
             yield _fail(_entry(), error_of(error))
         else:
             for own in line["questions"]:
-                yield _entry(own["id"], own["question"], longest)
+                yield self._entry(unit, own["id"], own["question"])
+
+    def _entry(self, unit: str, id: str, question: str) -> Entry:
+        longest = self._longest[unit]
+        return _entry(unit=unit, question_id=id, question=question, max_new_tokens=longest)
 
 
-def _entry(id: str | None = None, question: str | None = None, longest: int | None = None) -> Entry:
-    return {
-        "question_id": id,
-        "question": question,
-        "prompt": None,
-        "token_ids": None,
-        "max_new_tokens": longest,
-        "status": None,
-        "error": None,
-    }
+def _entry(**known: str | int) -> Entry:
+    return {**_NOTHING, **known}
 
 
 def _waiting(entries: list[Entry]) -> list[Entry]:

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping
 
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.prompt import LLAVA_1_5_TEMPLATE
-from schemas.job import ROW_QUESTIONS, AskPrompt, JobSpec, SourceSpec
+from schemas.ask import DRAWN, ROW_QUESTIONS, Ask, AskPrompt, default_of
+from schemas.job import JobSpec, SourceSpec
 from schemas.tables import SCHEMA_VERSION
 
 TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
 PROCESSOR_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+ONLY_DRAWN = {*DRAWN, "seed"}
+"""Keys that mean nothing where always the likeliest token is taken."""
 NOT_DECIDING = frozenset({"model.safetensors.index.json", "README.md"})
 
 
@@ -37,7 +40,6 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
         **({} if quantization == "none" else {"quantization": quantization}),
         "template": _template(checkpoint),
         "system_prompt": digest({"text": job.model.system_prompt}),
-        "decoding": "greedy",
         "image": digest({"column": columns.image}),
         "pixels": _pixels(job.source),
         "conversation": digest({"column": columns.conversation}),
@@ -56,18 +58,28 @@ def _pixels(source: SourceSpec) -> str:
 
 
 def question_fingerprints(job: JobSpec) -> dict[str, str]:
-    """One hash for each unit of the job: what is asked, and how long the answer may be."""
+    """One hash for each unit of the job: what is asked, and how it is answered."""
     prints = {}
     for unit, ask in zip(job.units, job.ask, strict=True):
-        longest = job.max_new_tokens(ask)
         if isinstance(ask, AskPrompt):
-            prints[unit] = digest({"prompt": ask.prompt, "max_new_tokens": longest})
+            asked = {"prompt": ask.prompt}
         else:
-            column = job.source.columns.questions
-            prints[unit] = digest(
-                {"from": ROW_QUESTIONS, "column": column, "max_new_tokens": longest}
-            )
+            asked = {"from": ROW_QUESTIONS, "column": job.source.columns.questions}
+        prints[unit] = digest({**asked, **_answering(job, ask)})
     return prints
+
+
+def _answering(job: JobSpec, ask: Ask) -> dict[str, object]:
+    """What decides the answers to a question, among the keys of `ask` and `generate`."""
+    if ask.choices:
+        return {"choices": ask.choices, "length_normalise": ask.length_normalise}
+    decoding = job.decoding(ask)
+    deciding = decoding.model_dump(exclude=None if decoding.temperature else ONLY_DRAWN)
+    return {
+        name: value
+        for name, value in deciding.items()
+        if name == "max_new_tokens" or value != default_of(name)
+    }
 
 
 def digest(components: Mapping[str, object]) -> str:

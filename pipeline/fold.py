@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.coverage import Coverage, Ranges, ShardCoverage
 from pipeline.footer import NULL_QUESTION, Footer, Tally
 from pipeline.parts import tally_of
-from schemas.job import ROW_QUESTIONS
+from schemas.ask import ROW_QUESTIONS
 
 Part = tuple[pa.Table, Footer]
 Shards = tuple[ShardCoverage, ...]

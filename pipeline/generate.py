@@ -7,26 +7,30 @@ prompt that comes in leaves as exactly one row.
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.asking import TURN, Asking, unasked
 from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
 from pipeline.engine.pixels import pixel_table
-from pipeline.engine.request import Answer, Branch, Engine, ImagePixels, Outcome, Prefix, Request
-from schemas.errors import RowError
+from pipeline.engine.request import Branch, Engine, ImagePixels, Outcome, Prefix, Request
+from pipeline.tokenise import alike
 from schemas.job import JobSpec
-from schemas.tables import KEEP, LINE, PREPARED, SHARD, answered_schema, error_of, table_of
+from schemas.tables import KEEP, LINE, PREPARED, SHARD, answered_schema, table_of
 
 _SHARD, _LINE = [field.name for field in SHARD], [field.name for field in LINE]
 _IMAGE = ("image_sha256", "image_width", "image_height")
 
 TokenIds = tuple[int, ...]
 Prompt = dict[str, Any]
-"""A PROMPT struct; once the model has answered it, with an `outcome`."""
+"""A PROMPT struct; once the model has answered it, with `outcomes`."""
+_Place = tuple[list[Outcome | None], int]
+"""Where an outcome belongs."""
 
 
 class Generate:
@@ -57,8 +61,11 @@ class Generate:
         processor = load_processor(job.model)
         model = load_model(job.model, device)
         self._job, self._keep, self._run_id = job, keep, run_id
-        self._tokenizer = processor.tokenizer
         self._image_token_id: int = processor.image_token_id
+        self._askings = {
+            unit: Asking(job, ask, processor.tokenizer)
+            for unit, ask in zip(job.units, job.ask, strict=True)
+        }
         self._engine: Engine = engine_of(
             model,
             eos_token_ids=end_tokens(model, processor),
@@ -79,9 +86,10 @@ class Generate:
                 answers.append({name: row[name] for name in _SHARD})
                 origin.append(None)
             for line in row["lines"] or ():
-                common = {**self._common(row, line), "answered_at": now}
-                answers += [{**common, **self._answer(prompt)} for prompt in line["prompts"]]
-                origin += [n_lines] * len(line["prompts"])
+                said = [each for prompt in line["prompts"] for each in self._answers(prompt)]
+                common = {**self._common(row, line), "answered_at": now, "row_answers": len(said)}
+                answers += [{**common, **each} for each in said]
+                origin += [n_lines] * len(said)
                 n_lines += 1
         table = table_of(answers, answered_schema({}))
         for name in self._keep:
@@ -91,34 +99,39 @@ class Generate:
         return table.cast(answered_schema(self._keep))
 
     def _ask(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Give every prompt that waits for the model its `outcome`."""
+        """Give every prompt that waits for the model its `outcomes`."""
         images: dict[str, ImagePixels] = {}
-        asked: dict[tuple[str, TokenIds], dict[Branch, list[Prompt]]] = {}
+        asked: dict[tuple[str, TokenIds], dict[Branch, list[_Place]]] = {}
         for row in rows:
             waiting = _waiting(row)
             sha256 = row["image_sha256"]
             if waiting and sha256 not in images:
                 images[sha256] = _image(row)
-            for prompt in waiting:
-                prefix, suffix = self._split(prompt["token_ids"])
+            for line, prompt in waiting:
+                prefix = self._prefix(prompt["token_ids"])
                 branches = asked.setdefault((sha256, prefix), {})
-                # Decoding is greedy: the same question gets the same answer.
-                branches.setdefault(Branch(suffix, prompt["max_new_tokens"]), []).append(prompt)
+                place = [row["source_uri"], line["source_index"]]
+                asking = self._askings[prompt["unit"]]
+                own = asking.branches(prompt, place, start=len(prefix))
+                prompt["outcomes"] = [None] * len(own)
+                for number, branch in enumerate(own):
+                    # Without chance, the same question gets the same answer.
+                    branches.setdefault(branch, []).append((prompt["outcomes"], number))
         answered = self._engine.submit(
             [
-                Request(Prefix(prefix, [images[sha256]]), list(branches))
+                _request(prefix, list(branches), image=images[sha256])
                 for (sha256, prefix), branches in asked.items()
             ]
         )
         for branches, outcomes in zip(asked.values(), answered, strict=True):
-            for prompts, outcome in zip(branches.values(), outcomes, strict=True):
-                for prompt in prompts:
-                    prompt["outcome"] = outcome
+            for places, outcome in zip(branches.values(), outcomes, strict=True):
+                for found, number in places:
+                    found[number] = outcome
 
-    def _split(self, ids: Sequence[int]) -> tuple[TokenIds, TokenIds]:
-        """Up to and including the last image token, and the rest."""
+    def _prefix(self, ids: Sequence[int]) -> TokenIds:
+        """Up to and including the last image token."""
         last = max(i for i, token in enumerate(ids) if token == self._image_token_id)
-        return tuple(ids[: last + 1]), tuple(ids[last + 1 :])
+        return tuple(ids[: last + 1])
 
     def _common(self, row: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         """What all answers of one line share."""
@@ -126,51 +139,46 @@ class Generate:
         return {
             **{name: row[name] for name in (*_SHARD, *_IMAGE)},
             **{name: line[name] for name in _LINE},
-            "turn": 0,
-            "sample_number": 0,
+            "turn": TURN,
             "attempts": 1,
             "model": f"{model.path}@{model.revision}" if model.revision else model.path,
             "run_id": self._run_id,
-            "row_answers": len(line["prompts"]),
         }
 
-    def _answer(self, prompt: Prompt) -> dict[str, Any]:
-        """What is the prompt's own in its answer row."""
-        outcome: Outcome | None = prompt.get("outcome")
+    def _answers(self, prompt: Prompt) -> Iterator[dict[str, Any]]:
+        """What is the prompt's own in each of its answer rows."""
         columns = {"question_id": prompt["question_id"], "question": prompt["question"]}
         if self._job.output.prompts:
             columns["prompt"] = prompt["prompt"]
         if prompt["token_ids"] is not None:
             columns["prompt_tokens"] = len(prompt["token_ids"])
-        if isinstance(outcome, Answer):
-            text = self._tokenizer.decode(list(outcome.token_ids), skip_special_tokens=True)
-            return {
-                **columns,
-                "answer": text.strip(),
-                "status": "ok",
-                "finish_reason": outcome.finish_reason,
-                "output_tokens": outcome.output_tokens,
-                "mean_logprob": outcome.mean_logprob,
-            }
-        if isinstance(outcome, RowError):
-            return {**columns, **_error_columns("failed", error_of(outcome))}
-        return {**columns, **_error_columns(prompt["status"], prompt["error"])}
+        if prompt["unit"] is None:
+            answers = iter([unasked(prompt)])
+        else:
+            answers = self._askings[prompt["unit"]].answers(prompt, prompt.get("outcomes", ()))
+        for number, answer in enumerate(answers):
+            yield {**columns, "sample_number": number, **answer}
 
 
-def _error_columns(status: str, error: Mapping[str, str] | None) -> dict[str, Any]:
-    said = error or {}
-    return {
-        "status": status,
-        "error_stage": said.get("stage"),
-        "error_class": said.get("class"),
-        "error_message": said.get("message"),
-    }
+def _waiting(row: dict[str, Any]) -> list[tuple[dict[str, Any], Prompt]]:
+    """The prompts of all lines that the model is to answer, each with its line."""
+    prompts = ((line, prompt) for line in row["lines"] or () for prompt in line["prompts"])
+    return [(line, prompt) for line, prompt in prompts if prompt["status"] is None]
 
 
-def _waiting(row: dict[str, Any]) -> list[Prompt]:
-    """The prompts of all lines that the model is to answer."""
-    prompts = (prompt for line in row["lines"] or () for prompt in line["prompts"])
-    return [prompt for prompt in prompts if prompt["status"] is None]
+def _request(prefix: TokenIds, branches: Sequence[Branch], *, image: ImagePixels) -> Request:
+    """What all branches begin with becomes part of the prefix, and is read once."""
+    unscored = [tuple(_unscored(branch)) for branch in branches]
+    shared = alike(min(unscored), max(unscored))
+    if len(branches) > 1 and shared > 1:
+        # A branch keeps the token at which it is answered.
+        prefix = (*prefix, *branches[0].token_ids[: shared - 1])
+        branches = [replace(b, token_ids=b.token_ids[shared - 1 :]) for b in branches]
+    return Request(Prefix(prefix, [image]), branches)
+
+
+def _unscored(branch: Branch) -> Sequence[int]:
+    return branch.token_ids[: len(branch.token_ids) - branch.scored]
 
 
 def _image(row: dict[str, Any]) -> ImagePixels:

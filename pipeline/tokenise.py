@@ -5,6 +5,8 @@ and tokenised last is kept. Knows nothing of rows and images.
 """
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -13,7 +15,7 @@ from PIL import Image
 from pipeline.engine.load import load_config
 from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
 from pipeline.sources.base import Turn
-from schemas.errors import PromptTooLong, TemplateFailed
+from schemas.errors import ChoiceUnwritable, PromptTooLong, TemplateFailed
 from schemas.job import ModelSpec
 
 if TYPE_CHECKING:
@@ -22,8 +24,23 @@ if TYPE_CHECKING:
 PROMPTS_KEPT = 256
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Given answers behind a prompt: each is one of `token_ids` behind the first `shared_tokens` of
+    the prompt, which tokenise alike whatever follows."""
+
+    shared_tokens: int
+    token_ids: Sequence[Sequence[int]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest answer and an end token."""
+        return self.shared_tokens + max(map(len, self.token_ids)) + 1
+
+
 class Tokeniser:
-    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt)` its ids."""
+    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt)` its ids,
+    `choices(prompt, texts)` those of given answers."""
 
     def __init__(self, model: ModelSpec, processor: "LlavaProcessor") -> None:
         self._processor: Any = processor
@@ -36,6 +53,7 @@ class Tokeniser:
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self.render = functools.lru_cache(PROMPTS_KEPT)(self._render)
         self.ids = functools.lru_cache(PROMPTS_KEPT)(self._ids)
+        self.choices = functools.lru_cache(PROMPTS_KEPT)(self._choices)
 
     def check(self, ids: list[int], *, max_new_tokens: int) -> None:
         """Raise PromptTooLong where the model's context has no room for the answer."""
@@ -75,16 +93,42 @@ class Tokeniser:
 
         A template that writes the start token itself gets no second one.
         """
-        processor, tokenizer = self._processor, self._processor.tokenizer
-        expanded = prompt.replace(
-            processor.image_token, processor.image_token * self._tokens_per_image
-        )
+        token = self._processor.image_token
+        return self._tokenised(prompt.replace(token, token * self._tokens_per_image))
+
+    def _tokenised(self, text: str) -> list[int]:
+        tokenizer = self._processor.tokenizer
         bos = tokenizer.bos_token
-        has_bos = bos is not None and prompt.startswith(bos)
-        ids: list[int] = tokenizer(expanded, add_special_tokens=not has_bos, verbose=False)[
-            "input_ids"
-        ]
+        has_bos = bos is not None and text.startswith(bos)
+        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         return ids
+
+    def _choices(self, prompt: str, texts: tuple[str, ...]) -> Choices:
+        """Each behind the whole prompt, a space between them where the prompt does not end in one.
+
+        The image token stands for itself alone here: what follows it is the same. Raises
+        ChoiceUnwritable where the tokens do not tell the choices apart.
+        """
+        space = "" if prompt[-1:].isspace() else " "
+        alone = self._tokenised(prompt)
+        whole = [self._tokenised(f"{prompt}{space}{text}") for text in texts]
+        shared = min(alike(alone, ids) for ids in whole)
+        given = [ids[shared:] for ids in whole]
+        for number, ids in enumerate(given):
+            if not ids or ids in given[:number]:
+                raise ChoiceUnwritable(
+                    f"the model's tokens for the choice {texts[number]!r} are those of "
+                    f"{texts[given.index(ids)]!r}: name it otherwise"
+                    if ids
+                    else f"the model has no tokens for the choice {texts[number]!r}"
+                )
+        return Choices(shared + len(self.ids(prompt)) - len(alone), given)
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 def tokens_per_image(processor: Any) -> int:

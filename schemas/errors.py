@@ -25,7 +25,8 @@
         │   ├── ConversationMalformed the row's conversation cannot be read as turns
         │   ├── ImageTokenInText      text that would be taken for an image
         │   ├── TemplateFailed        the chat template refuses the conversation
-        │   └── PromptTooLong         prompt and answer do not fit the model's context
+        │   ├── PromptTooLong         prompt and answer do not fit the model's context
+        │   └── ChoiceUnwritable      the model's tokens do not tell one choice from another
         └── GenerateError         stage `generate`
             ├── TokenFeatureMismatch  image tokens in the prompt, image features of the model
             ├── NonFiniteLogits       the model answered NaN or infinity
@@ -141,6 +142,10 @@ class TemplateFailed(PromptError):
 
 
 class PromptTooLong(PromptError):
+    pass
+
+
+class ChoiceUnwritable(PromptError):
     pass
 
 

@@ -5,29 +5,14 @@ Every key carries its documentation in `Field(description=...)`: the reference p
 This module knows what a spec may say, not where it comes from (`jobs/load.py`).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
+
+from schemas.ask import DRAWN, ROW_QUESTIONS, Ask, AskRow, GenerateSpec, contradiction, default_of
+from schemas.base import Spec
 
 EMBEDDED = "embedded"
-ROW_QUESTIONS = "questions"
-"""The unit of coverage that stands for all questions a row brings itself (`from: questions`)."""
-
-
-class Spec(BaseModel):
-    """Base of every part of the spec: frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_by_name=True, allow_inf_nan=False
-    )
 
 
 class StorageSpec(Spec):
@@ -146,51 +131,6 @@ class SourceSpec(Spec):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-class AskPrompt(Spec):
-    """One question that is asked of every image."""
-
-    id: str = Field(
-        min_length=1, max_length=200, description="Name of the question in the answer table."
-    )
-    prompt: str = Field(min_length=1, description="The question, as the model reads it.")
-    max_new_tokens: int | None = Field(
-        None,
-        gt=0,
-        lt=2**31,
-        description="Longest answer in tokens; null takes generate.max_new_tokens.",
-    )
-
-    @field_validator("id")
-    @classmethod
-    def _id_is_not_reserved(cls, value: str) -> str:
-        if value == ROW_QUESTIONS:
-            raise ValueError(f"`{ROW_QUESTIONS}` stands for the row's own questions; rename it")
-        return value
-
-
-class AskRow(Spec):
-    """The row's own questions: a list of {id, question} in `columns.questions`."""
-
-    from_: Literal["questions"] = Field(alias="from", description="Always `questions`.")
-    max_new_tokens: int | None = Field(
-        None,
-        gt=0,
-        lt=2**31,
-        description="Longest answer in tokens; null takes generate.max_new_tokens.",
-    )
-
-
-def _kind_of_ask(value: Any) -> str:
-    keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "row" if "from" in keys or "from_" in keys else "prompt"
-
-
-Ask = Annotated[
-    Annotated[AskPrompt, Tag("prompt")] | Annotated[AskRow, Tag("row")],
-    Discriminator(_kind_of_ask),
-]
-
-
 class ModelSpec(Spec):
     """Which LLaVA answers."""
 
@@ -220,12 +160,6 @@ class ModelSpec(Spec):
     system_prompt: str | None = Field(
         None, description="Text put in front of every conversation, as the template renders it."
     )
-
-
-class GenerateSpec(Spec):
-    """How answers are decoded: greedily."""
-
-    max_new_tokens: int = Field(64, gt=0, lt=2**31, description="Longest answer, in tokens.")
 
 
 class OutputSpec(Spec):
@@ -369,10 +303,29 @@ class JobSpec(Spec):
             seen.add(unit)
         return self
 
+    @model_validator(mode="after")
+    def _decoding_is_consistent(self) -> "JobSpec":
+        for number, ask in enumerate(self.ask):
+            if mistake := contradiction(ask, self.decoding(ask)):
+                raise ValueError(f"ask.{number}: {mistake}")
+        narrowed = [name for name in DRAWN if getattr(self.generate, name) != default_of(name)]
+        if narrowed and not any(self.decoding(ask).temperature for ask in self.ask):
+            raise ValueError(
+                f"generate.{narrowed[0]}: has no effect at temperature 0, which always takes the "
+                "likeliest token: drop it, or set generate.temperature"
+            )
+        return self
+
     @property
     def units(self) -> tuple[str, ...]:
         """The units of coverage: each question's id, and `questions` for the rows' own."""
         return tuple(ROW_QUESTIONS if isinstance(a, AskRow) else a.id for a in self.ask)
 
-    def max_new_tokens(self, ask: Ask) -> int:
-        return ask.max_new_tokens or self.generate.max_new_tokens
+    def decoding(self, ask: Ask) -> GenerateSpec:
+        """`generate` with what the question says otherwise."""
+        return self.generate.model_copy(update=ask.decoded)
+
+    def samples(self, ask: Ask) -> int:
+        """How many answers each question of this entry has: one, where none is drawn."""
+        decoding = self.decoding(ask)
+        return decoding.n if decoding.temperature and not ask.choices else 1

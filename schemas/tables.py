@@ -62,18 +62,25 @@ SAMPLE = pa.schema(
     [*SHARD, pa.field("image", pa.large_binary()), pa.field("lines", pa.list_(SAMPLE_LINE))]
 )
 
+CHOICES = pa.struct([("shared_tokens", pa.int32()), ("token_ids", pa.list_(pa.list_(pa.int32())))])
+"""The answers that a prompt may have: so many of its first tokens stay with an answer behind them,
+and what follows these."""
+
 PROMPT = pa.struct(
     [
+        ("unit", pa.string()),
         ("question_id", pa.string()),
         ("question", pa.string()),
         ("prompt", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
+        ("choices", CHOICES),
         ("max_new_tokens", pa.int32()),
         ("status", pa.string()),
         ("error", ERROR),
     ]
 )
-"""One question of a line, rendered and tokenised with its image tokens expanded. `status` is null
+"""One question of a line, rendered and tokenised with its image tokens expanded. `unit`: of
+coverage, null where it stands for several. `choices`: null where answers are free. `status` is null
 where the model is to answer, else `failed` or `skipped` with its `error`."""
 
 PREPARED_LINE = pa.struct([*LINE, ("prompts", pa.list_(PROMPT))])

@@ -17,8 +17,9 @@ from pipeline.encode import Encode
 from pipeline.lease import hold
 from pipeline.sources import open_source
 from pipeline.storage import Output
+from schemas.ask import AskPrompt
 from schemas.errors import SpecError
-from schemas.job import AskPrompt, JobSpec, StorageSpec
+from schemas.job import JobSpec, StorageSpec
 from tests.lines import sample_table, unfolded
 from tests.shards import saved, tar_bytes
 from tests.whole_jobs import Finished, answers, job_of, run, scene

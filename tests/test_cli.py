@@ -337,7 +337,18 @@ def test_a_table_that_was_asked_one_thing_after_another_holds_both(tmp_path: Pat
     write_record(tmp_path, 2, ask=[second])
     job = recorded_spec(str(tmp_path))
     assert job.units == ("b", "questions", "a")
-    assert [job.max_new_tokens(ask) for ask in job.ask] == [3, 64, 7]
+    assert [job.decoding(ask).max_new_tokens for ask in job.ask] == [3, 64, 7]
+
+
+def test_answers_that_were_drawn_keep_their_number_beside_questions_that_came_later(
+    tmp_path: Path,
+) -> None:
+    drawn, chosen = {"id": "a", "prompt": "A?"}, {"id": "b", "prompt": "B?", "choices": ["x", "y"]}
+    write_record(tmp_path, 0, ask=[drawn, chosen], generate={"temperature": 1.0, "n": 3})
+    write_record(tmp_path, 1, ask=[{"from": "questions"}])
+    job = recorded_spec(str(tmp_path))
+    assert job.units == ("questions", "a", "b")
+    assert [job.samples(ask) for ask in job.ask] == [1, 3, 1]
 
 
 def test_records_without_any_spec_are_named(tmp_path: Path) -> None:

@@ -361,6 +361,53 @@ def test_a_prompt_that_just_fits_is_asked(encoder):
         assert row["prompts"][0]["status"] == status
 
 
+CHOICES = {"id": "colour", "prompt": "Which colour?", "choices": ["red", "dark red", "no, not."]}
+
+
+def whole_ids(row, choice):
+    """Of a prompt with a choice behind it, as the processor tokenises them together."""
+    text = f"{row['prompts'][0]['prompt']} {choice}"
+    return tiny_processor()(text=text, images=IMAGE)["input_ids"][0]
+
+
+def test_choices_are_tokenised_behind_the_whole_prompt():
+    [row] = encode(Encode(job_of(CHOICES), {}), sample(units=["colour"]))
+    [prompt] = row["prompts"]
+    assert prompt["status"] is None
+    shared = prompt["choices"]["shared_tokens"]
+    assert shared <= len(prompt["token_ids"])
+    for choice, ids in zip(CHOICES["choices"], prompt["choices"]["token_ids"], strict=True):
+        assert prompt["token_ids"][:shared] + ids == whole_ids(row, choice)
+
+
+def test_a_choice_that_changes_the_end_of_the_prompt_moves_where_all_begin(tmp_path):
+    """`:` and `D` are one token of this tokenizer: they meet where no space comes between."""
+    template = "USER: <image> {{ messages[-1].content[-1].text }}\n\n"
+    processor = tiny_processor(chat_template=template)
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens(["\nD"])
+    model = {"path": str(write_checkpoint(tmp_path, processor=processor))}
+    ask = {**CHOICES, "choices": ["red", "Dark"]}
+    [row] = encode(Encode(job_of(ask, model=model), {}), sample(units=["colour"]))
+    [prompt] = row["prompts"]
+    assert prompt["choices"]["shared_tokens"] == len(prompt["token_ids"]) - 1
+    red, dark = prompt["choices"]["token_ids"]
+    assert red[0] == prompt["token_ids"][-1] != dark[0]
+
+
+def test_choices_that_the_tokens_do_not_tell_apart_are_a_failed_row():
+    ask = {**CHOICES, "choices": ["red", "日", "本"]}
+    [row] = encode(Encode(job_of(ask), {}), sample(units=["colour"]))
+    assert outcomes(row) == [("colour", "failed", "ChoiceUnwritable")]
+    assert "'本' are those of '日'" in row["prompts"][0]["error"]["message"]
+
+
+def test_a_choice_that_does_not_fit_behind_its_prompt_fails():
+    ask = {**CHOICES, "choices": ["red", "red " * 600 + "red"]}
+    [row] = encode(Encode(job_of(ask), {}), sample(units=["colour"]))
+    assert outcomes(row) == [("colour", "failed", "PromptTooLong")]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

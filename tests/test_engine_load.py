@@ -19,6 +19,7 @@ from pipeline.engine.load import (
     load_processor,
     own_padding_side,
 )
+from schemas.ask import GenerateSpec
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
 from tests.models import (
@@ -94,8 +95,14 @@ def test_another_architecture_is_named(folder, changes, named):
 
 
 def test_a_generation_config_that_is_more_than_greedy(folder):
+    edit(folder / "generation_config.json", no_repeat_ngram_size=3)
+    assert "no_repeat_ngram_size=3, which is not supported" in refusal(folder)
+
+
+def test_a_generation_config_with_settings_that_the_job_has_to_say_itself(folder):
     edit(folder / "generation_config.json", repetition_penalty=1.2)
-    assert "repetition_penalty=1.2" in refusal(folder)
+    assert "repetition_penalty=1.2, which holds only where the job says so" in refusal(folder)
+    check_model(spec(folder), GenerateSpec(repetition_penalty=1.1))
 
 
 def test_neutral_and_sampling_keys_of_a_generation_config_pass(folder):

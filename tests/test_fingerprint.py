@@ -140,7 +140,43 @@ def test_a_question_is_its_text_and_its_length():
     assert changed(own, {**same, "max_new_tokens": 64}) == set()
     assert changed(same, own, generate={"max_new_tokens": 5}) == {"caption", "questions"}
     source = {"format": "images", "path": "x", "columns": {"questions": "vqa"}}
+    for key in ({"stop": ["."]}, {"min_new_tokens": 2}, {"repetition_penalty": 1.1}):
+        assert changed(same, own, generate=key) == {"caption", "questions"}
+        assert changed({**same, **key}, own) == {"caption"}
     assert changed(same, own, source=source) == {"questions"}
+
+
+def test_what_chance_decides_counts_only_where_tokens_are_drawn():
+    own = {"from": "questions"}
+
+    def prints(caption, **generate):
+        asked = {"id": "caption", "prompt": "Describe.", **caption}
+        return question_fingerprints(job_of(ask=[asked, own], generate=generate))
+
+    warm = {"temperature": 0.5}
+    assert differing(prints({}), prints(warm)) == {"caption"}
+    assert differing(prints({}), prints({}, seed=7)) == set()
+    assert differing(prints(warm), prints(warm, seed=7)) == {"caption"}
+    for key in ({"top_p": 0.5}, {"top_k": 5}, {"n": 3}):
+        assert differing(prints(warm), prints(warm, **key)) == {"caption"}
+
+
+def test_choices_count_in_their_order_and_nothing_that_is_decoded_does():
+    def prints(**keys):
+        return question_fingerprints(job_of(ask=[{"from": "questions", **keys}]))["questions"]
+
+    def generated(**generate):
+        ask = [{"from": "questions", "choices": ["a", "b"]}]
+        return question_fingerprints(job_of(ask=ask, generate=generate))["questions"]
+
+    each = [
+        prints(),
+        prints(choices=["a", "b"]),
+        prints(choices=["b", "a"]),
+        prints(choices=["a", "b"], length_normalise=True),
+    ]
+    assert len(set(each)) == len(each)
+    assert generated(temperature=0.5, max_new_tokens=3) == each[1]
 
 
 def test_a_digest_is_short_and_ignores_the_order_of_keys():

@@ -322,3 +322,163 @@ def test_kept_values_go_with_the_lines_of_a_sliced_batch():
     assert {(row["source_index"], row["keep.url"]) for row in rows} == {
         (n, f"http://{n}") for n in (7, 3, 5, 2)
     }
+
+
+# More than one answer to a question
+
+
+WARM = {"temperature": 0.9, "top_p": 0.95, "n": 5, "max_new_tokens": 8}
+NAMED = ("source_uri", "source_index", "question_id", "turn", "sample_number")
+
+
+def by_identity(rows):
+    """The answers, each under the row's identity."""
+    found = {tuple(row[name] for name in NAMED): row["answer"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def answers_to(job, rows):
+    return Generate(job, KEEP, run_id="r")(Encode(job, KEEP)(sample_table(rows, KEEP))).to_pylist()
+
+
+def sampled_rows():
+    asked = own(("a", "How many?"), ("b", "Who?"))
+    return [sample(n, questions=asked, image=png(n // 2)) for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """Five samples of each question, a row at a time."""
+    job = job_of(generate=WARM)
+    encode, generate = Encode(job, KEEP), Generate(job, KEEP, run_id="r")
+    tables = [generate(encode(sample_table([row], KEEP))) for row in sampled_rows()]
+    return by_identity([row for table in tables for row in table.to_pylist()])
+
+
+def test_samples_are_the_same_for_any_batch_and_order(one_by_one):
+    rows = sampled_rows()
+    assert by_identity(answers_to(job_of(generate=WARM), rows[::-1])) == one_by_one
+    small = {"generate": {"kv_budget_bytes": 60_000}}
+    assert by_identity(answers_to(job_of(generate=WARM, resources=small), rows)) == one_by_one
+
+
+def test_samples_of_one_question_and_of_alike_rows_differ(one_by_one):
+    assert len(one_by_one) == 6 * 4 * 5
+    for index, question_id in {key[1:3] for key in one_by_one}:
+        own = [one_by_one["a.tar", index, question_id, 0, number] for number in range(5)]
+        assert len(set(own)) > 1
+        if index % 2:
+            twin = [one_by_one["a.tar", index - 1, question_id, 0, n] for n in range(5)]
+            assert own != twin
+
+
+def test_another_seed_draws_other_answers(one_by_one):
+    other = answers_to(job_of(generate={**WARM, "seed": 1}), sampled_rows()[:1])
+    found = by_identity(other)
+    assert all(found[key] != one_by_one[key] or len(found[key]) < 3 for key in found)
+
+
+def test_every_sample_of_what_cannot_be_asked_is_a_row():
+    rows = answers_to(job_of(generate=WARM), [sample(0, image=b"broken")])
+    assert [(row["question_id"], row["sample_number"], row["status"]) for row in rows] == [
+        *(("caption", n, "failed") for n in range(5)),
+        *(("colour", n, "failed") for n in range(5)),
+        (None, 0, "skipped"),
+    ]
+    assert {row["row_answers"] for row in rows} == {11}
+
+
+def test_a_question_may_be_greedy_beside_others_that_are_not(answers):
+    calm = {"id": "colour", "prompt": "Which colour?", "temperature": 0, "max_new_tokens": 5}
+    job = job_of(ask=[{"id": "caption", "prompt": "Describe the image."}, calm], generate=WARM)
+    rows = answers_to(job, [sample(1, units=["caption", "colour"])])
+    assert [row["question_id"] for row in rows] == ["caption"] * 5 + ["colour"]
+    assert rows[-1]["answer"] == answers[5]["answer"]
+
+
+def test_samples_share_the_prompt_but_for_its_last_token():
+    job = job_of(generate=WARM)
+    _, [request] = recorded(job, sample_table([sample(0, units=["caption"])], KEEP))
+    assert len(request.branches) == 5
+    assert {len(branch.token_ids) for branch in request.branches} == {1}
+
+
+def test_an_answer_is_cut_before_its_stop_string(answers):
+    first = answers[0]["answer"]
+    stop = first[3:5]
+    [row, *_] = answers_to(job_of(generate={"max_new_tokens": 8, "stop": [stop]}), [sample(0)])
+    assert row["answer"] == first[: first.index(stop)].strip()
+    assert row["finish_reason"] == "stop"
+    assert 0 < row["output_tokens"] < answers[0]["output_tokens"]
+
+
+# Choices
+
+
+CHOICES = ["red", "dark red", "yes", "no, there is none"]
+
+
+def chosen_alone(prompt, image, *, length_normalise):
+    """The probability of each choice, one at a time through transformers."""
+    processor, model = tiny_processor(), tiny_model()
+    end, logprobs = model.generation_config.eos_token_id, []
+    start = processor(text=prompt, images=image, return_tensors="pt")["input_ids"].shape[1]
+    for choice in CHOICES:
+        inputs = processor(text=f"{prompt} {choice}", images=image, return_tensors="pt")
+        with torch.inference_mode():
+            found = model(**inputs).logits[0, start - 1 :].log_softmax(-1)
+        ids = [*inputs["input_ids"][0, start:].tolist(), end]
+        total = sum(found[n, token].item() for n, token in enumerate(ids))
+        logprobs.append(total / len(ids) if length_normalise else total)
+    return torch.tensor(logprobs).softmax(-1).tolist()
+
+
+@pytest.mark.parametrize("length_normalise", [False, True])
+def test_choices_have_the_probabilities_that_transformers_gives_one_at_a_time(length_normalise):
+    ask = [
+        {"id": "colour", "prompt": "Which?", "choices": CHOICES},
+        {"from": "questions", "choices": CHOICES},
+    ]
+    ask = [{**each, "length_normalise": length_normalise} for each in ask]
+    job = job_of(ask=ask, output={"path": "y", "prompts": True})
+    units = ["colour", "questions"]
+    asked = [sample(n, units=units, questions=own(("a", "How many?"))) for n in range(3)]
+    rows = answers_to(job, asked)
+    assert len(rows) == 6
+    for row in rows:
+        image = noise_image(row["source_index"])
+        expected = chosen_alone(row["prompt"], image, length_normalise=length_normalise)
+        probs = [each["prob"] for each in row["choice_probs"]]
+        assert [each["choice"] for each in row["choice_probs"]] == CHOICES
+        assert probs == pytest.approx(expected, abs=1e-4)
+        assert sum(probs) == pytest.approx(1.0, abs=1e-5)
+        assert row["answer"] == CHOICES[probs.index(max(probs))]
+        assert (row["status"], row["finish_reason"]) == ("ok", "choice")
+        assert row["mean_logprob"] < 0
+        assert row["sample_number"] == 0
+
+
+def test_choices_are_one_request_with_one_prefix_that_holds_the_question():
+    job = job_of(ask=[{"id": "colour", "prompt": "Which?", "choices": CHOICES}])
+    table = Encode(job, KEEP)(sample_table([sample(0, units=["colour"])], KEEP))
+    [row] = unfolded(table)
+    [prompt] = row["prompts"]
+    _, [request] = recorded(job, sample_table([sample(0, units=["colour"])], KEEP))
+    assert len(request.branches) == len(CHOICES)
+    read = len(request.prefix.token_ids) + sum(len(b.token_ids) for b in request.branches)
+    given = sum(len(ids) for ids in prompt["choices"]["token_ids"])
+    assert read == len(prompt["token_ids"]) - 1 + len(CHOICES) + given
+
+
+def test_a_choice_that_cannot_be_scored_fails_its_question(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    job = job_of(
+        ask=[{"id": "colour", "prompt": "Which?", "choices": CHOICES}],
+        model={"path": str(write_checkpoint(tmp_path, model=model))},
+    )
+    [row] = answers_to(job, [sample(0, units=["colour"])])
+    assert (row["status"], row["error_class"]) == ("failed", "NonFiniteLogits")
+    assert row["choice_probs"] is None

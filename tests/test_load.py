@@ -217,8 +217,9 @@ def test_a_key_in_the_wrong_part_is_told_where_it_belongs() -> None:
 
 
 def test_a_key_like_no_other_gets_the_list_of_known_ones() -> None:
-    assert mistakes_of(generate={"zzz": 1}) == (
-        "job.yaml: generate.zzz: unknown key (value 1); known keys: max_new_tokens"
+    assert mistakes_of(resources={"zzz": 1}) == (
+        "job.yaml: resources.zzz: unknown key (value 1); "
+        "known keys: preprocess, generate, bytes_in_flight"
     )
 
 
@@ -302,7 +303,7 @@ def test_contradictions_are_told_as_the_spec_words_them(changes: dict[str, Any],
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:
-    assert len(mistakes_of(generate={"zzz": "x" * 1000})) < 200
+    assert len(mistakes_of(resources={"zzz": "x" * 1000})) < 200
 
 
 def test_every_key_of_the_spec_is_known_to_the_suggestions() -> None:
@@ -473,3 +474,58 @@ def test_question_ids_come_from_the_words_and_are_distinct() -> None:
 def test_question_ids_do_not_depend_on_the_order(questions: list[str]) -> None:
     ids = {ask["prompt"]: ask["id"] for ask in question_asks(questions)}
     assert ids == {ask["prompt"]: ask["id"] for ask in question_asks(sorted(questions))}
+
+
+# Questions
+
+
+@pytest.mark.parametrize(
+    ("ask", "generate", "message"),
+    [
+        ({"choices": ["yes"]}, {}, "ask.0.choices: ['yes']: give two or more to choose from"),
+        ({"choices": ["yes", True]}, {}, "ask.0.choices.1: True should be a string"),
+        ({"choices": ["yes", "yes"]}, {}, "ask.0.choices: 'yes' is given twice"),
+        ({"choices": ["yes", " no"]}, {}, "' no' has a space at an end; take it off"),
+        (
+            {"choices": ["yes", "no"], "temperature": 1.0},
+            {},
+            "ask.0: choices are not decoded: temperature has no effect; drop it",
+        ),
+        ({"length_normalise": True}, {}, "and there are none; drop it, or give choices"),
+        ({"n": 3}, {}, "ask.0: n has no effect at temperature 0"),
+        ({}, {"top_p": 0.5}, "generate.top_p: has no effect at temperature 0"),
+        ({"temperature": 0}, {"temperature": 1, "n": 5}, "generate.n: has no effect"),
+        ({}, {"temperature": 0.001}, "0.001 is neither 0 (always the likeliest token) nor 0.01"),
+        ({"min_new_tokens": 100}, {}, "min_new_tokens is 100, max_new_tokens 64"),
+        ({}, {"stop": "."}, "generate.stop: '.' should be a list"),
+        ({"choice": ["a", "b"]}, {}, "did you mean choices?"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_with_the_remedy(
+    ask: dict[str, Any], generate: dict[str, Any], message: str
+) -> None:
+    entry = {"id": "a", "prompt": "A?", **ask}
+    assert message in mistakes_of(ask=[entry], generate=generate)
+
+
+def test_a_question_says_otherwise_than_generate() -> None:
+    ask = [
+        {"id": "a", "prompt": "A?", "temperature": 0, "stop": []},
+        {"id": "b", "prompt": "B?", "top_k": 5, "n": 2},
+        {"from": "questions", "choices": ["yes", "no"]},
+    ]
+    generate = {"temperature": 0.5, "n": 4, "stop": ["."]}
+    job = build_spec(minimal(ask=ask, generate=generate), origin="x")
+    decoded = [job.decoding(ask) for ask in job.ask]
+    assert [(d.temperature, d.top_k, d.stop) for d in decoded] == [
+        (0.0, 0, ()),
+        (0.5, 5, (".",)),
+        (0.5, 0, (".",)),
+    ]
+    assert [job.samples(ask) for ask in job.ask] == [1, 2, 1]
+
+
+def test_choices_that_yaml_took_for_truth_are_text() -> None:
+    text = "{id: a, prompt: A, choices: [yes, no]}"
+    job = build_spec(minimal(ask=[yaml12.load(text)]), origin="x")
+    assert job.ask[0].choices == ("yes", "no")

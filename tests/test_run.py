@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ from rich.console import Console
 
 from jobs.run import run_job
 from jobs.verify import verify
+from pipeline.coverage import ShardCoverage
+from pipeline.encode import Encode
+from pipeline.generate import Generate
+from pipeline.read import ShardWork
+from pipeline.sources import open_source
+from schemas.ask import AskPrompt
 from schemas.errors import JobError, SpecError
-from schemas.job import AskPrompt, JobSpec
+from schemas.job import JobSpec
+from tests.lines import tables_read
 from tests.s3 import S3Server
 from tests.shards import json_bytes, saved, write_shard
 from tests.watch import wait_until
@@ -80,6 +87,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def job_on(disk: Path, *, retry_s: float) -> JobSpec:
     write_shapes(disk / "in", shards=1, images=5)
     return job_of(disk / "in", disk / "out", output={"path": str(disk / "out"), "retry_s": retry_s})
+
+
+def answered_here(job: JobSpec) -> list[dict[str, Any]]:
+    """The answers without Ray, a source row at a time."""
+    encode, generate = Encode(job, {}), Generate(job, {}, run_id="here")
+    work = [ShardWork(s, ShardCoverage(s.uri, s.identity)) for s in open_source(job.source).list()]
+    tables = tables_read(job, work)
+    rows = [table.slice(n, 1) for table in tables for n in range(table.num_rows)]
+    found = [row for each in rows for row in generate(encode(each)).to_pylist()]
+    return [row for row in found if row["source_index"] is not None]
+
+
+def said(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """What matters of answers, by identity."""
+    named = ("source_uri", "source_index", "question_id", "turn", "sample_number")
+    found = {
+        tuple(row[name] for name in named): (row["answer"], row["finish_reason"], row["status"])
+        for row in rows
+    }
+    return found
 
 
 @contextlib.contextmanager
@@ -177,6 +204,28 @@ class TestOnTwoCores:
         assert sum(result.record["new"].values()) == 12
         assert verify(rest).ok
         assert verify(trial).ok
+
+    def test_samples_and_choices_are_the_same_for_any_actors_batches_and_after_a_resume(
+        self, tmp_path: Path
+    ) -> None:
+        write_shapes(tmp_path / "in", shards=2, images=5)
+        ask = [
+            {"id": "caption", "prompt": "Describe the image.", "temperature": 2.0, "n": 5},
+            {"from": "questions", "choices": ["red", "green", "blue", "brown"]},
+        ]
+        whole = job_of(tmp_path / "in", tmp_path / "out", ask=ask)
+        alone = answered_here(whole)
+        source = whole.source.model_copy(update={"limit": 3})
+        run(whole.model_copy(update={"source": source}))
+        generate = whole.resources.generate.model_copy(
+            update={"actors": 2, "cpus": 0.4, "batch_size": 3, "kv_budget_bytes": 2**20}
+        )
+        resources = whole.resources.model_copy(update={"generate": generate})
+        result, _ = run(whole.model_copy(update={"resources": resources}))
+        assert sum(result.record["new"].values()) == 7 * 6
+        assert said(answers(tmp_path / "out")) == said(alone)
+        assert len({row["answer"] for row in alone}) > 20
+        assert verify(whole).ok
 
     def test_a_run_that_can_no_longer_be_good_enough_ends_early(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.verify import question_ids, verify
+from jobs.verify import answer_ids, verify
 from pipeline.commit import AnswerTable
 from pipeline.parts import part_bytes, read_part
 from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample
 from pipeline.storage import Output
 from pipeline.write import write_part
+from schemas.ask import GenerateSpec
 from schemas.errors import ImageMissing, QuestionsMalformed, SpecError
 from schemas.job import JobSpec, StorageSpec
 from tests.answered import FINGERPRINT, FreeLease, answered, end, failed, row
@@ -135,6 +136,34 @@ def test_a_missing_row_is_named(job: JobSpec) -> None:
     (uri, *_) = (shard.uri for shard in open_source(job.source).list())
     place = {"source_uri": uri, "source_index": 0, "turn": 0, "sample_number": 0}
     assert report.missing.examples == [{**place, "question_id": q} for q in ("caption", "q1", "q2")]
+
+
+def sampled(rows: Rows) -> Rows:
+    """Two answers where the question is known."""
+    several = [
+        {**each, "sample_number": number}
+        for each in rows
+        for number in range(2 if each.get("question_id") else 1)
+    ]
+    return [{**each, "row_answers": len(several)} for each in several]
+
+
+def test_each_sample_is_an_answer_of_its_own(job: JobSpec) -> None:
+    twice = job.model_copy(update={"generate": GenerateSpec(temperature=1.0, n=2)})
+    answer(twice, [sampled(rows) for rows in answer_rows(job)])
+    report = verify(twice)
+    assert report.ok
+    assert report.inputs == 11 + 6
+    assert verify(job).unexpected.count == 6
+
+
+def test_a_sample_that_is_missing_is_named(job: JobSpec) -> None:
+    twice = job.model_copy(update={"generate": GenerateSpec(temperature=1.0, n=2)})
+    first, *others = [sampled(rows) for rows in answer_rows(job)]
+    less = [{**each, "row_answers": len(first) - 1} for each in first[:-1]]
+    answer(twice, [less, *others])
+    [missing] = verify(twice).missing.examples
+    assert (missing["question_id"], missing["sample_number"]) == ("q2", 1)
 
 
 def test_a_removed_part_is_found(job: JobSpec) -> None:
@@ -358,4 +387,11 @@ QUESTIONS = (Question("q1", "?"), Question("q2", "?"))
     ],
 )
 def test_a_source_row_calls_for(sample: Sample, ids: list[str | None]) -> None:
-    assert question_ids(sample, units=("caption", "questions", "last")) == ids
+    once = {"caption": 1, "questions": 1, "last": 1}
+    assert answer_ids(sample, samples=once) == [(each, 0) for each in ids]
+    several = {"caption": 3, "questions": 2, "last": 1}
+    assert answer_ids(sample, samples=several) == [
+        (each, number)
+        for each in ids
+        for number in range(1 if each is None else several.get(each, 2))
+    ]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
 from pipeline.engine.quantization import check_installed
+from schemas.ask import GenerateSpec, default_of
 from schemas.errors import SpecError
 from schemas.job import EMBEDDED, ModelSpec
 
@@ -46,6 +47,12 @@ PLAIN_DECODING: Mapping[str, tuple[object, ...]] = {
 }
 """Keys of generation_config.json that change a greedy answer, and their values (besides null) that
 do not. The engine applies none of them."""
+ALSO_IN_GENERATE = {
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_new_tokens",
+    "stop_strings": "stop",
+}
+"""Those that a job can set itself, by the name that they have in `generate`."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,11 @@ def _on_hub(spec: ModelSpec) -> Checkpoint:
     return Checkpoint(spec.path, info.sha, files, commit=info.sha)
 
 
-def check_model(spec: ModelSpec) -> None:
+def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> None:  # noqa: B008
     """Refuse, before anything is started, a checkpoint that cannot work. Raises SpecError."""
     checkpoint = open_checkpoint(spec)
     _check_config(checkpoint)
+    _check_decoding(checkpoint, generate)
     _check_weights(checkpoint)
     _check_texts(checkpoint)
     _check_attention(spec, checkpoint)
@@ -185,13 +193,24 @@ def _check_config(checkpoint: Checkpoint) -> None:
             f"{method}), which are not supported: give the checkpoint that they were made of, and "
             "set model.quantization to 8bit or 4bit"
         )
+
+
+def _check_decoding(checkpoint: Checkpoint, generate: GenerateSpec) -> None:
+    """What the checkpoint would have of `generate`, the job has to say itself."""
     decoding = checkpoint.read_json("generation_config.json")
     for key, neutral in PLAIN_DECODING.items():
-        value = decoding.get(key)
-        if value is not None and value not in neutral:
+        value, ours = decoding.get(key), ALSO_IN_GENERATE.get(key)
+        if value is None or value in neutral:
+            continue
+        if ours is None:
             raise SpecError(
                 f"model {checkpoint.path}: generation_config.json sets {key}={value!r}, which is "
-                "not supported; decoding is plain greedy. Remove the key"
+                "not supported. Remove the key"
+            )
+        if getattr(generate, ours) == default_of(ours):
+            raise SpecError(
+                f"model {checkpoint.path}: generation_config.json sets {key}={value!r}, which "
+                f"holds only where the job says so: set generate.{ours}, or remove the key"
             )
 
 

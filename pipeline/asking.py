@@ -1,0 +1,129 @@
+"""What a question asks of the engine, and what the engine's outcomes say in the answer table.
+
+One `Asking` for each entry of the spec's `ask`. A question is one branch for each of its samples,
+or one for each of its choices.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.noise import noise_key
+from pipeline.engine.request import GREEDY, Answer, Branch, Decoding, Outcome, Score
+from pipeline.engine.stops import StopStrings
+from schemas.ask import Ask
+from schemas.errors import RowError
+from schemas.job import JobSpec
+from schemas.tables import error_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = Mapping[str, Any]
+"""A PROMPT struct."""
+Columns = dict[str, Any]
+
+TURN = 0
+"""So far, every question is the first."""
+
+
+class Asking:
+    """How one entry of `ask` is asked. Raises SpecError for stop strings that cannot be written."""
+
+    def __init__(self, job: JobSpec, ask: Ask, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._choices, self._length_normalise = ask.choices, ask.length_normalise
+        self._samples = job.samples(ask)
+        self._seed = job.generate.seed
+        wanted = job.decoding(ask)
+        self._decoding = Decoding(
+            temperature=wanted.temperature,
+            top_p=wanted.top_p if wanted.temperature else GREEDY.top_p,
+            top_k=wanted.top_k if wanted.temperature else GREEDY.top_k,
+            repetition_penalty=wanted.repetition_penalty,
+            min_new_tokens=wanted.min_new_tokens,
+            stop=StopStrings(wanted.stop, tokenizer) if wanted.stop else None,
+        )
+
+    def branches(self, prompt: Prompt, place: Sequence[object], *, start: int) -> list[Branch]:
+        """The prompt's tokens from `start` on. `place`: shard and row, which decide the noise."""
+        if prompt["choices"] is not None:
+            shared = prompt["token_ids"][start : prompt["choices"]["shared_tokens"]]
+            given = prompt["choices"]["token_ids"]
+            return [Branch((*shared, *ids), 1, scored=len(ids)) for ids in given]
+        ids, longest = tuple(prompt["token_ids"][start:]), prompt["max_new_tokens"]
+        keys = [0] * self._samples
+        if self._decoding.temperature:
+            identity = [self._seed, *place, prompt["question_id"], TURN]
+            keys = [noise_key([*identity, number]) for number in range(self._samples)]
+        return [Branch(ids, longest, self._decoding, noise_key=key) for key in keys]
+
+    def answers(self, prompt: Prompt, outcomes: Sequence[Outcome]) -> Iterator[Columns]:
+        """The columns of each answer that the question has to have."""
+        if outcomes and prompt["choices"] is not None:
+            yield self._chosen(outcomes)
+        elif outcomes:
+            yield from map(self._said, outcomes)
+        else:
+            yield from [_error_columns(prompt["status"], prompt["error"])] * self._samples
+
+    def _said(self, outcome: Outcome) -> Columns:
+        if not isinstance(outcome, Answer):
+            return _failed(outcome)
+        ids = list(outcome.token_ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        stop = self._decoding.stop
+        return {
+            "answer": (text if stop is None else stop.cut(text)).strip(),
+            "status": "ok",
+            "finish_reason": outcome.finish_reason,
+            "output_tokens": outcome.output_tokens,
+            "mean_logprob": outcome.mean_logprob,
+        }
+
+    def _chosen(self, outcomes: Sequence[Outcome]) -> Columns:
+        scores = [outcome for outcome in outcomes if isinstance(outcome, Score)]
+        for outcome in outcomes:
+            if not isinstance(outcome, Score):
+                return _failed(outcome)
+        assert self._choices is not None
+        probs = probabilities(scores, length_normalise=self._length_normalise)
+        best = max(range(len(probs)), key=probs.__getitem__)
+        return {
+            "answer": self._choices[best],
+            "status": "ok",
+            "finish_reason": "choice",
+            "output_tokens": scores[best].output_tokens,
+            "mean_logprob": scores[best].logprob / scores[best].output_tokens,
+            "choice_probs": [
+                {"choice": choice, "prob": prob}
+                for choice, prob in zip(self._choices, probs, strict=True)
+            ],
+        }
+
+
+def probabilities(scores: Iterable[Score], *, length_normalise: bool) -> list[float]:
+    """Of given answers, as if there were no others."""
+    logs = [s.logprob / s.output_tokens if length_normalise else s.logprob for s in scores]
+    weights = [math.exp(each - max(logs)) for each in logs]
+    return [weight / sum(weights) for weight in weights]
+
+
+def unasked(prompt: Prompt) -> Columns:
+    """Of an answer that stands for all that cannot be asked."""
+    return _error_columns(prompt["status"], prompt["error"])
+
+
+def _failed(outcome: Outcome) -> Columns:
+    assert isinstance(outcome, RowError)
+    return _error_columns("failed", error_of(outcome))
+
+
+def _error_columns(status: str, error: Mapping[str, str] | None) -> Columns:
+    said = error or {}
+    return {
+        "status": status,
+        "error_stage": said.get("stage"),
+        "error_class": said.get("class"),
+        "error_message": said.get("message"),
+    }

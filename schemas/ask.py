@@ -1,0 +1,187 @@
+"""The part of the job spec that says what is asked, and how answers are decoded."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from schemas.base import Spec
+
+ROW_QUESTIONS = "questions"
+"""The unit of coverage that stands for all questions a row brings itself (`from: questions`)."""
+
+
+NewTokens = Annotated[int, Field(gt=0, lt=2**31)]
+FewestNewTokens = Annotated[int, Field(ge=0, lt=2**31)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
+Samples = Annotated[int, Field(gt=0, lt=2**15)]
+Texts = tuple[Annotated[str, Field(min_length=1)], ...]
+COLDEST = 0.01
+
+
+def _is_no_almost_zero(temperature: float | None) -> float | None:
+    if temperature and temperature < COLDEST:
+        raise ValueError(
+            f"{temperature:g} is neither 0 (always the likeliest token) nor {COLDEST} or more"
+        )
+    return temperature
+
+
+class GenerateSpec(Spec):
+    """How answers are decoded, with the names and the meaning of transformers' `generate`."""
+
+    max_new_tokens: NewTokens = Field(64, description="Longest answer, in tokens.")
+    min_new_tokens: FewestNewTokens = Field(
+        0, description="Before so many tokens there is no end token."
+    )
+    temperature: Temperature = Field(
+        0.0,
+        description="0: always the likeliest token. Above, 1 being the model's own distribution: "
+        "tokens are drawn, by chance that comes from `seed` and the row's identity alone.",
+    )
+    top_p: TopP = Field(
+        1.0, description="Draw from the likeliest tokens that have this probability together."
+    )
+    top_k: TopK = Field(0, description="Draw from so many tokens, the likeliest; 0: from all.")
+    repetition_penalty: Penalty = Field(
+        1.0, description="Above 1, tokens of the prompt and the answer become less likely."
+    )
+    stop: Texts = Field((), description="Texts that end an answer; they are cut off.")
+    n: Samples = Field(
+        1, description="Answers to each question, told apart by `sample_number`; drawn ones only."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Another one draws other answers.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_is_no_almost_zero(cls, temperature: float) -> float | None:
+        return _is_no_almost_zero(temperature)
+
+
+class AskKeys(Spec):
+    """What may stand in every entry of `ask`."""
+
+    choices: Texts | None = Field(
+        None,
+        description="The answers that there may be, two or more: the model's probability of each "
+        "goes to `choice_probs`, the likeliest is the answer. Nothing is decoded then.",
+    )
+    length_normalise: bool = Field(
+        False,
+        description="choices: compare the mean log-probability of a token, not the sum, which "
+        "favours short choices.",
+    )
+    max_new_tokens: NewTokens | None = Field(
+        None, description="Longest answer in tokens; null takes generate.max_new_tokens."
+    )
+    min_new_tokens: FewestNewTokens | None = Field(
+        None, description="As in `generate`; null takes that."
+    )
+    temperature: Temperature | None = Field(None, description="As in `generate`; null takes that.")
+    top_p: TopP | None = Field(None, description="As in `generate`; null takes that.")
+    top_k: TopK | None = Field(None, description="As in `generate`; null takes that.")
+    repetition_penalty: Penalty | None = Field(
+        None, description="As in `generate`; null takes that."
+    )
+    stop: Texts | None = Field(None, description="As in `generate`; null takes that.")
+    n: Samples | None = Field(None, description="As in `generate`; null takes that.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_is_no_almost_zero(cls, temperature: float | None) -> float | None:
+        return _is_no_almost_zero(temperature)
+
+    @field_validator("choices")
+    @classmethod
+    def _choices_differ(cls, choices: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if choices is None:
+            return None
+        if len(choices) < 2:
+            raise ValueError(f"{list(choices)}: give two or more to choose from")
+        for number, choice in enumerate(choices):
+            if choice in choices[:number]:
+                raise ValueError(f"{choice!r} is given twice")
+            if choice != choice.strip():
+                raise ValueError(f"{choice!r} has a space at an end; take it off")
+        return choices
+
+    @property
+    def decoded(self) -> dict[str, Any]:
+        """The keys that `generate` has, too, as far as they are given."""
+        return {
+            name: value
+            for name in GenerateSpec.model_fields
+            if (value := getattr(self, name, None)) is not None
+        }
+
+
+class AskedOfAll(Spec):
+    """What makes a question of the spec's own."""
+
+    id: str = Field(
+        min_length=1, max_length=200, description="Name of the question in the answer table."
+    )
+    prompt: str = Field(min_length=1, description="The question, as the model reads it.")
+
+
+class AskPrompt(AskKeys, AskedOfAll):
+    """One question that is asked of every image."""
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_not_reserved(cls, value: str) -> str:
+        if value == ROW_QUESTIONS:
+            raise ValueError(f"`{ROW_QUESTIONS}` stands for the row's own questions; rename it")
+        return value
+
+
+class AskedOfRow(Spec):
+    """What makes questions the row's own."""
+
+    from_: Literal["questions"] = Field(alias="from", description="Always `questions`.")
+
+
+class AskRow(AskKeys, AskedOfRow):
+    """The row's own questions: a list of {id, question} in `columns.questions`."""
+
+
+def _kind_of_ask(value: Any) -> str:
+    keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "row" if "from" in keys or "from_" in keys else "prompt"
+
+
+Ask = Annotated[
+    Annotated[AskPrompt, Tag("prompt")] | Annotated[AskRow, Tag("row")],
+    Discriminator(_kind_of_ask),
+]
+
+DRAWN = ("top_p", "top_k", "n")
+"""Keys that mean something at a temperature above 0 only."""
+
+
+def default_of(key: str) -> Any:
+    return GenerateSpec.model_fields[key].default
+
+
+def contradiction(ask: Ask, decoding: GenerateSpec) -> str | None:
+    """What cannot be meant, with the remedy."""
+    if ask.choices:
+        if ask.decoded:
+            return f"choices are not decoded: {next(iter(ask.decoded))} has no effect; drop it"
+        return None
+    if ask.length_normalise:
+        return "length_normalise is about choices, and there are none; drop it, or give choices"
+    if decoding.min_new_tokens > decoding.max_new_tokens:
+        return (
+            f"min_new_tokens is {decoding.min_new_tokens}, max_new_tokens "
+            f"{decoding.max_new_tokens}: an answer cannot be both; change one"
+        )
+    given = [name for name in DRAWN if ask.decoded.get(name, default_of(name)) != default_of(name)]
+    if given and not decoding.temperature:
+        return (
+            f"{given[0]} has no effect at temperature 0, which always takes the likeliest token: "
+            "drop it, or set a temperature"
+        )
+    return None
