@@ -19,6 +19,7 @@ MAX_VALUE_CHARACTERS = 60
 
 _WORDING = {
     "model_type": "a mapping of keys",
+    "dict_type": "a mapping",
     "tuple_type": "a list",
     "string_type": "a string",
     "int_type": "a whole number",

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
 from pipeline.engine.checkpoint import check_model, open_checkpoint
+from pipeline.engine.grammar import check_schema
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
 from pipeline.prompt import IMAGE_TOKEN
@@ -92,6 +93,9 @@ def plan(job: JobSpec) -> Plan:
     source = open_source(job.source)
     shards = source.list()
     check_model(job.model, job.generate)
+    for ask in job.ask:
+        if ask.json_schema is not None:
+            check_schema(ask.json_schema)
     _check_prompts(job)
     job = _pinned(job)
     keep = source.keep_types()

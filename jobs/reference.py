@@ -91,7 +91,7 @@ def _one_type(option: dict[str, Any]) -> str:
         if "prefixItems" in option:
             return f"[{', '.join(_one_type(item) for item in option['prefixItems'])}]"
         return f"list of {_one_type(option['items'])}s"
-    names = {"integer": "whole number", "boolean": "true or false"}
+    names = {"integer": "whole number", "boolean": "true or false", "object": "mapping"}
     kind = str(option["type"])
     return names.get(kind, kind) + _bounds(option)
 

@@ -6,8 +6,10 @@ or one for each of its choices.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.grammar import JsonGrammar
 from pipeline.engine.noise import noise_key
 from pipeline.engine.request import GREEDY, Answer, Branch, Decoding, Outcome, Score
 from pipeline.engine.stops import StopStrings
@@ -27,11 +29,21 @@ TURN = 0
 """So far, every question is the first."""
 
 
-class Asking:
-    """How one entry of `ask` is asked. Raises SpecError for stop strings that cannot be written."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model's tokens are. `size`: of its logits."""
 
-    def __init__(self, job: JobSpec, ask: Ask, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = tokenizer
+    tokenizer: "PreTrainedTokenizerBase"
+    size: int
+    eos: Sequence[int]
+
+
+class Asking:
+    """How one entry of `ask` is asked. Raises SpecError for stop strings that cannot be written,
+    and schemas that cannot be kept to."""
+
+    def __init__(self, job: JobSpec, ask: Ask, words: Vocabulary) -> None:
+        tokenizer = self._tokenizer = words.tokenizer
         self._choices, self._length_normalise = ask.choices, ask.length_normalise
         self._samples = job.samples(ask)
         self._seed = job.generate.seed
@@ -43,6 +55,7 @@ class Asking:
             repetition_penalty=wanted.repetition_penalty,
             min_new_tokens=wanted.min_new_tokens,
             stop=StopStrings(wanted.stop, tokenizer) if wanted.stop else None,
+            grammar=_grammar(ask, words),
         )
 
     def branches(self, prompt: Prompt, place: Sequence[object], *, start: int) -> list[Branch]:
@@ -100,6 +113,12 @@ class Asking:
                 for choice, prob in zip(self._choices, probs, strict=True)
             ],
         }
+
+
+def _grammar(ask: Ask, words: Vocabulary) -> JsonGrammar | None:
+    if ask.json_schema is None:
+        return None
+    return JsonGrammar(ask.json_schema, words.tokenizer, vocabulary=words.size, eos=words.eos)
 
 
 def probabilities(scores: Iterable[Score], *, length_normalise: bool) -> list[float]:

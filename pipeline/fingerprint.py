@@ -75,11 +75,15 @@ def _answering(job: JobSpec, ask: Ask) -> dict[str, object]:
         return {"choices": ask.choices, "length_normalise": ask.length_normalise}
     decoding = job.decoding(ask)
     deciding = decoding.model_dump(exclude=None if decoding.temperature else ONLY_DRAWN)
-    return {
+    known: dict[str, object] = {
         name: value
         for name, value in deciding.items()
         if name == "max_new_tokens" or value != default_of(name)
     }
+    if ask.json_schema is not None:
+        # As text: an answer has its keys in the order of the schema.
+        known["json_schema"] = json.dumps(ask.json_schema)
+    return known
 
 
 def digest(components: Mapping[str, object]) -> str:

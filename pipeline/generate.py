@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.asking import TURN, Asking, unasked
+from pipeline.asking import TURN, Asking, Vocabulary, unasked
 from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Branch, Engine, ImagePixels, Outcome, Prefix, Request
@@ -62,13 +62,15 @@ class Generate:
         model = load_model(job.model, device)
         self._job, self._keep, self._run_id = job, keep, run_id
         self._image_token_id: int = processor.image_token_id
+        ends = end_tokens(model, processor)
+        size = model.config.get_text_config().vocab_size
+        words = Vocabulary(processor.tokenizer, size=size, eos=ends)
         self._askings = {
-            unit: Asking(job, ask, processor.tokenizer)
-            for unit, ask in zip(job.units, job.ask, strict=True)
+            unit: Asking(job, ask, words) for unit, ask in zip(job.units, job.ask, strict=True)
         }
         self._engine: Engine = engine_of(
             model,
-            eos_token_ids=end_tokens(model, processor),
+            eos_token_ids=ends,
             table=pixel_table(processor),
             attention=job.model.attention,
             resources=job.resources.generate,

@@ -73,6 +73,11 @@ class AskKeys(Spec):
         description="choices: compare the mean log-probability of a token, not the sum, which "
         "favours short choices.",
     )
+    json_schema: dict[str, Any] | None = Field(
+        None,
+        description="A JSON schema that the answer, a JSON text, has to keep to; one that is cut "
+        "off at `max_new_tokens` is a failed row. Needs `lavaflow[json]`.",
+    )
     max_new_tokens: NewTokens | None = Field(
         None, description="Longest answer in tokens; null takes generate.max_new_tokens."
     )
@@ -168,9 +173,8 @@ def default_of(key: str) -> Any:
 def contradiction(ask: Ask, decoding: GenerateSpec) -> str | None:
     """What cannot be meant, with the remedy."""
     if ask.choices:
-        if ask.decoded:
-            return f"choices are not decoded: {next(iter(ask.decoded))} has no effect; drop it"
-        return None
+        given = [*ask.decoded, *(["json_schema"] if ask.json_schema is not None else [])]
+        return f"choices are not decoded: {given[0]} has no effect; drop it" if given else None
     if ask.length_normalise:
         return "length_normalise is about choices, and there are none; drop it, or give choices"
     if decoding.min_new_tokens > decoding.max_new_tokens:
@@ -178,6 +182,9 @@ def contradiction(ask: Ask, decoding: GenerateSpec) -> str | None:
             f"min_new_tokens is {decoding.min_new_tokens}, max_new_tokens "
             f"{decoding.max_new_tokens}: an answer cannot be both; change one"
         )
+    if ask.json_schema is not None and (decoding.stop or decoding.min_new_tokens):
+        key = "stop" if decoding.stop else "min_new_tokens"
+        return f"the answer ends where json_schema says: {key} would cut it or go on; take it off"
     given = [name for name in DRAWN if ask.decoded.get(name, default_of(name)) != default_of(name)]
     if given and not decoding.temperature:
         return (

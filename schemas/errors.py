@@ -30,6 +30,7 @@
         └── GenerateError         stage `generate`
             ├── TokenFeatureMismatch  image tokens in the prompt, image features of the model
             ├── NonFiniteLogits       the model answered NaN or infinity
+            ├── IncompleteJson        the answer's JSON was cut off at the token limit
             └── DeviceOutOfMemory     the row does not fit the device alone
 
 The name of a row error's class is what the answer table says in `error_class`: these names are
@@ -158,6 +159,10 @@ class TokenFeatureMismatch(GenerateError):
 
 
 class NonFiniteLogits(GenerateError):
+    pass
+
+
+class IncompleteJson(GenerateError):
     pass
 
 

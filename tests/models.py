@@ -32,6 +32,7 @@ from transformers import (
 torch.set_num_threads(1)  # Tiny models lose by waiting for a second thread.
 
 SIDE, PATCH = 32, 8
+BYTE_VOCABULARY = 280
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 CORPUS = [
     "USER: What is in this picture? ASSISTANT: A red circle on a light background.",
@@ -70,11 +71,37 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor(*, chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer like GPT-2's, which can write any text; 280 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTE_VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def tiny_processor(
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> LlavaProcessor:
     size = {"height": SIDE, "width": SIDE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size),
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tokenizer or tiny_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -161,6 +161,16 @@ def test_what_chance_decides_counts_only_where_tokens_are_drawn():
         assert differing(prints(warm), prints(warm, **key)) == {"caption"}
 
 
+def test_a_json_schema_counts_with_the_order_of_its_keys():
+    def prints(*names):
+        schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+        ask = [{"from": "questions", "json_schema": schema}]
+        return question_fingerprints(job_of(ask=ask))["questions"]
+
+    assert prints("a", "b") == prints("a", "b")
+    assert prints("a", "b") != prints("b", "a")
+
+
 def test_choices_count_in_their_order_and_nothing_that_is_decoded_does():
     def prints(**keys):
         return question_fingerprints(job_of(ask=[{"from": "questions", **keys}]))["questions"]

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import json
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,8 @@ from schemas.job import JobSpec
 from schemas.tables import SAMPLE, answered_schema, table_of, with_keep
 from tests.lines import folded, sample_table, unfolded
 from tests.models import (
+    BYTE_VOCABULARY,
+    byte_tokenizer,
     hub_cache,
     noise_image,
     shared_checkpoint,
@@ -482,3 +485,35 @@ def test_a_choice_that_cannot_be_scored_fails_its_question(tmp_path):
     [row] = answers_to(job, [sample(0, units=["colour"])])
     assert (row["status"], row["error_class"]) == ("failed", "NonFiniteLogits")
     assert row["choice_probs"] is None
+
+
+# JSON
+
+
+def json_job(tmp_path, schema, **generate):
+    processor = tiny_processor(tokenizer=byte_tokenizer())
+    model = tiny_model(vocab_size=BYTE_VOCABULARY + 20)
+    folder = write_checkpoint(tmp_path, model=model, processor=processor)
+    ask = [
+        {"id": "caption", "prompt": "Describe the image.", "json_schema": schema},
+        {"id": "colour", "prompt": "Which colour?"},
+    ]
+    return job_of(ask=ask, model={"path": str(folder)}, generate=generate)
+
+
+def test_answers_are_json_of_the_schema_or_incomplete(tmp_path):
+    schema = {"type": "array", "items": {"enum": ["a b", "c"]}, "minItems": 2, "maxItems": 3}
+    job = json_job(tmp_path, schema, temperature=1.0, n=4, max_new_tokens=12)
+    rows = answers_to(job, [sample(n, units=["caption", "colour"]) for n in range(4)])
+    held = [row for row in rows if row["question_id"] == "caption"]
+    assert len(held) == 16
+    for row in held:
+        if row["status"] == "ok":
+            found = json.loads(row["answer"])
+            assert 2 <= len(found) <= 3
+            assert set(found) <= {"a b", "c"}
+        else:
+            assert (row["error_stage"], row["error_class"]) == ("generate", "IncompleteJson")
+            assert row["answer"] is None
+    assert {row["status"] for row in held} == {"ok", "failed"}
+    assert {row["status"] for row in rows if row["question_id"] == "colour"} == {"ok"}

@@ -499,6 +499,14 @@ def test_question_ids_do_not_depend_on_the_order(questions: list[str]) -> None:
         ({"min_new_tokens": 100}, {}, "min_new_tokens is 100, max_new_tokens 64"),
         ({}, {"stop": "."}, "generate.stop: '.' should be a list"),
         ({"choice": ["a", "b"]}, {}, "did you mean choices?"),
+        (
+            {"choices": ["a", "b"], "json_schema": {}},
+            {},
+            "ask.0: choices are not decoded: json_schema has no effect",
+        ),
+        ({"json_schema": {}}, {"stop": ["}"]}, "json_schema says: stop would cut it or go on"),
+        ({"json_schema": {}}, {"min_new_tokens": 3}, "json_schema says: min_new_tokens would"),
+        ({"json_schema": "{}"}, {}, "ask.0.json_schema: '{}' should be a mapping"),
     ],
 )
 def test_what_cannot_be_meant_is_told_with_the_remedy(

@@ -257,6 +257,14 @@ class TestOnTwoCores:
                 {"ask": [{"id": "a", "prompt": "<image>\nWhat is it?"}]},
                 r"ask\.0\.prompt: .* holds <image>; leave it out",
             ),
+            (
+                {"ask": [{"id": "a", "prompt": "What?", "choices": ["a", "an <image>"]}]},
+                r"ask\.0\.choices\.1: .* holds <image>",
+            ),
+            (
+                {"ask": [{"id": "a", "prompt": "What?", "json_schema": {"type": "objec"}}]},
+                r"json_schema: llguidance cannot hold an answer to it: Invalid type: objec",
+            ),
             ({"generate": {"max_new_tokens": 5000}}, r"max_new_tokens: 5000 is no less than"),
             ({"model": {"path": "/none"}}, r"model\.path '/none' does not exist"),
             (

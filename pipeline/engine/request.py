@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from pipeline.engine.grammar import JsonGrammar
 from pipeline.engine.stops import StopStrings
 from schemas.errors import GenerateError, PromptError
 
@@ -28,7 +29,7 @@ class Decoding:
     """How the tokens of an answer are chosen, as transformers' `generate` means it.
 
     With `temperature` 0 the likeliest, else one that is drawn. `min_new_tokens`: before so many
-    there is no end token. `stop`: what else ends an answer.
+    there is no end token. `stop`: what else ends an answer. `grammar`: what it has to be.
     """
 
     temperature: float = 0.0
@@ -37,6 +38,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
     stop: StopStrings | None = None
+    grammar: JsonGrammar | None = None
 
 
 GREEDY = Decoding()

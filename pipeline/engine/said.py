@@ -4,15 +4,19 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.engine.noise import Noise
 from pipeline.engine.request import GREEDY, Answer, Branch, Decoding
 from pipeline.engine.stops import StopStrings
-from schemas.errors import NonFiniteLogits
+from schemas.errors import IncompleteJson, NonFiniteLogits
 
-Ended = Answer | NonFiniteLogits
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Ended = Answer | IncompleteJson | NonFiniteLogits
 
 
 class Said:
@@ -34,6 +38,8 @@ class Said:
     @property
     def is_early(self) -> bool:
         """Whether it may not end yet."""
+        if self.decoding.grammar is not None and not self.matcher.is_accepting():
+            return True
         return self.count < self.decoding.min_new_tokens
 
     @property
@@ -58,6 +64,12 @@ class Said:
         """Every token of prompt and answer, some of them more than once."""
         return np.concatenate([self._in_prompt, np.array(self.tokens, dtype=np.int64)])
 
+    @functools.cached_property
+    def matcher(self) -> "LLMatcher":
+        """Of an answer that has a grammar."""
+        assert self.decoding.grammar is not None
+        return self.decoding.grammar.matcher()
+
     def latest(self, count: int) -> list[int]:
         """The last tokens of prompt and answer, or all there are."""
         if len(self.tokens) >= count:
@@ -72,12 +84,21 @@ class Said:
         self.count += 1
         if not is_end:
             self.tokens.append(token)
+            if self.decoding.grammar is not None:
+                self.matcher.consume_token(token)
         return None
 
-    def answer(self, *, is_over: bool) -> Answer | None:
+    def answer(self, *, is_over: bool) -> Answer | IncompleteJson | None:
         """The answer, if it is over or as long as it may be."""
+        if self.decoding.grammar is not None:
+            is_over = is_over or self.matcher.is_stopped()
         if not is_over and self.count < self._branch.max_new_tokens:
             return None
+        if self.decoding.grammar is not None and not self.matcher.is_accepting():
+            return IncompleteJson(
+                f"the answer was not complete after {self.count} tokens: raise max_new_tokens, or "
+                "bound the schema's texts and lists (maxLength, maxItems)"
+            )
         return Answer(
             token_ids=tuple(self.tokens),
             finish_reason="stop" if is_over else "length",

@@ -53,13 +53,26 @@ class Chooser:
             places = torch.tensor(numbers, device=self._device)
             group = [saids[number] for number in numbers]
             known = self._known(group, decoding, vocabulary=logits.shape[-1])
-            scores = self._processors(decoding, is_early)(known, logits[places])
+            scores = self._allowed(group, decoding, logits[places])
+            scores = self._processors(decoding, is_early)(known, scores)
             if decoding.temperature:
                 uniforms = [said.uniform for said in group]
                 tokens[places] = drawn(scores, torch.tensor(uniforms, dtype=torch.float64))
             else:
                 tokens[places] = scores.argmax(-1)
         return tokens
+
+    def _allowed(
+        self, saids: Sequence[Said], decoding: Decoding, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """The scores [rows, vocabulary] of the tokens that a grammar allows, if there is one."""
+        if decoding.grammar is None:
+            return scores
+        bits = decoding.grammar.allowed([said.matcher for said in saids])
+        words = torch.from_numpy(bits).to(self._device)
+        each = torch.arange(32, device=self._device, dtype=torch.int32)
+        allowed = (words[:, :, None] >> each & 1).bool().flatten(1)[:, : scores.shape[-1]]
+        return scores.masked_fill(~allowed, float("-inf"))
 
     def _known(self, saids: Sequence[Said], decoding: Decoding, *, vocabulary: int) -> torch.Tensor:
         """[rows, tokens]: what may not be repeated, padded with an id that no token has."""
