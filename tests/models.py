@@ -6,6 +6,7 @@ on its image: an engine that misplaces either gives other tokens.
 
 import contextlib
 import functools
+import json
 import random
 import shutil
 import tempfile
@@ -18,7 +19,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -32,8 +41,11 @@ from transformers import (
 torch.set_num_threads(1)  # Tiny models lose by waiting for a second thread.
 
 SIDE, PATCH = 32, 8
-BYTE_VOCABULARY = 280
+BYTE_VOCABULARY, FALLBACK_VOCABULARY = 280, 420
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+STARTED = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+)
 CORPUS = [
     "USER: What is in this picture? ASSISTANT: A red circle on a light background.",
     "Describe the image in one sentence, please. Is this scene indoors? yes no",
@@ -58,17 +70,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=220, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    tokenizer.post_processor = STARTED
+    return _fast(tokenizer)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,6 +86,35 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    return _fast(tokenizer)
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as LLaVA-1.5 has it: spaces marked, and bytes for what has no token."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(marks)
+    spaces = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(
+        [spaces[0], decoders.ByteFallback(), decoders.Fuse(), spaces[1]]
+    )
+    single_bytes = [f"<0x{number:02X}>" for number in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=FALLBACK_VOCABULARY,
+        special_tokens=[*SPECIAL, *single_bytes],
+        initial_alphabet=[chr(c) for c in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    known = json.loads(tokenizer.to_str())
+    # Bytes are tokens like others, not marks that a text may hold.
+    known["added_tokens"] = [a for a in known["added_tokens"] if a["content"] in SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(known))
+    tokenizer.post_processor = STARTED
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -15,7 +15,17 @@ from schemas.tables import PREPARED, SAMPLE, table_of, with_keep
 from tests.counted import COUNTING, counted, decodes
 from tests.hostile_decoders import hostile, path_with_hostile_decoders
 from tests.lines import folded, sample_table, unfolded
-from tests.models import noise_image, shared_checkpoint, tiny_processor, write_checkpoint
+from tests.models import (
+    FALLBACK_VOCABULARY,
+    byte_tokenizer,
+    fallback_tokenizer,
+    noise_image,
+    shared_checkpoint,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    write_checkpoint,
+)
 from tests.shards import saved
 
 KEEP = {"url": pa.string(), "at": pa.timestamp("ns")}
@@ -364,20 +374,20 @@ def test_a_prompt_that_just_fits_is_asked(encoder):
 CHOICES = {"id": "colour", "prompt": "Which colour?", "choices": ["red", "dark red", "no, not."]}
 
 
-def whole_ids(row, choice):
-    """Of a prompt with a choice behind it, as the processor tokenises them together."""
-    text = f"{row['prompts'][0]['prompt']} {choice}"
-    return tiny_processor()(text=text, images=IMAGE)["input_ids"][0]
-
-
-def test_choices_are_tokenised_behind_the_whole_prompt():
-    [row] = encode(Encode(job_of(CHOICES), {}), sample(units=["colour"]))
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, byte_tokenizer, fallback_tokenizer])
+def test_choices_are_tokenised_behind_the_whole_prompt(tmp_path, tokenizer):
+    processor = tiny_processor(tokenizer=tokenizer())
+    model = tiny_model(vocab_size=FALLBACK_VOCABULARY)
+    folder = write_checkpoint(tmp_path, processor=processor, model=model)
+    job = job_of(CHOICES, model={"path": str(folder)})
+    [row] = encode(Encode(job, {}), sample(units=["colour"]))
     [prompt] = row["prompts"]
     assert prompt["status"] is None
     shared = prompt["choices"]["shared_tokens"]
     assert shared <= len(prompt["token_ids"])
     for choice, ids in zip(CHOICES["choices"], prompt["choices"]["token_ids"], strict=True):
-        assert prompt["token_ids"][:shared] + ids == whole_ids(row, choice)
+        whole = processor(text=f"{prompt['prompt']} {choice}", images=IMAGE)["input_ids"][0]
+        assert prompt["token_ids"][:shared] + ids == whole
 
 
 def test_a_choice_that_changes_the_end_of_the_prompt_moves_where_all_begin(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,13 @@ from pipeline.engine.request import Answer, Decoding, Engine, Request
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import IncompleteJson, SpecError
 from tests.engine_cases import EOS, Case, alone, cases_of, check, mean_logprob, request_of
-from tests.models import byte_tokenizer, tiny_model, tiny_processor, tiny_tokenizer
+from tests.models import (
+    byte_tokenizer,
+    fallback_tokenizer,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 
 VOCABULARY = 300
 """Logits of the model: more than its tokenizer has tokens."""
@@ -155,6 +162,24 @@ def test_one_that_is_cut_off_is_incomplete(
     short = [replace(branch, max_new_tokens=5) for branch in request.branches]
     [outcomes] = made().submit([Request(request.prefix, short)])
     assert {type(outcome) for outcome in outcomes} == {IncompleteJson}
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, fallback_tokenizer])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_whatever_is_allowed_leads_to_the_schema(tokenizer: Any, name: str) -> None:
+    words = tokenizer()
+    size = len(words) + 7
+    grammar = JsonGrammar(SCHEMAS[name], words, vocabulary=size, eos=[2])
+    rng = random.Random(name)
+    for _ in range(10):
+        matcher, ids = grammar.matcher(), list[int]()
+        while not matcher.is_stopped():
+            [bits] = grammar.allowed([matcher])
+            allowed = [n for n in range(size) if bits[n // 32] >> (n % 32) & 1]
+            ids.append(rng.choice([token for token in allowed if token != 2]))
+            assert matcher.consume_token(ids[-1])
+        text = words.decode(ids, skip_special_tokens=True)
+        jsonschema.validate(json.loads(text), SCHEMAS[name])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Token ids up to and including the last image token, and the images that they stand for."""
+    """Token ids up to the last image token at least, and the images that they stand for."""
 
     token_ids: Sequence[int]
     images: Sequence[ImagePixels] = ()
