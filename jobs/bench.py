@@ -101,7 +101,7 @@ def measure(bench: Bench, *, say: Say, build: Build | None = None) -> dict[str, 
         torch.set_num_threads(bench.threads)
     subject = bench.subject()
     work = bench.work(subject)
-    ran = ran_against(subject, bench)
+    ran = ran_against(subject, compiled=bench.compile)
     baseline = Baseline(subject.model, work, subject.table)
     race = Race(build(subject), baseline, work, say)
     race.run(bench.kinds(), rounds=bench.rounds)
@@ -191,7 +191,7 @@ def _told(work: Workload) -> dict[str, Any]:
     }
 
 
-def ran_against(subject: Subject, bench: Bench) -> dict[str, Any]:
+def ran_against(subject: Subject, *, compiled: bool = False) -> dict[str, Any]:
     """What it ran against."""
     model = subject.model
     return {
@@ -204,7 +204,7 @@ def ran_against(subject: Subject, bench: Bench) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "compile": bench.compile,
+        "compile": compiled,
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in VERSIONS},

@@ -20,8 +20,9 @@ from pipeline.engine.kv import Shape, shape_of
 from pipeline.engine.memory import default_kv_budget_bytes, weights_bytes
 from pipeline.engine.request import Engine
 from pipeline.engine.room import WIDTH_STEP
+from schemas.ask import GenerateSpec
 from schemas.errors import JobError, SpecError
-from schemas.job import GenerateResources, GenerateSpec, ModelSpec
+from schemas.job import GenerateResources, ModelSpec
 
 NARROW_ROWS = 2
 """Answers that fit the narrow room at a time: places are given up and taken over all the while."""

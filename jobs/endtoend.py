@@ -46,7 +46,7 @@ def measure_jobs(bench: Bench, *, say: Say) -> dict[str, Any]:
         folder = Path(name)
         subject = _subject(bench, folder)
         job = _job(bench, subject, folder)
-        ran = ran_against(subject, bench)
+        ran = ran_against(subject, compiled=bench.compile)
         write_shards(folder / "photos", bench.images, seed=bench.seed)
         alone = [_alone(bench, subject, job, say)]
         started_at = datetime.datetime.now(datetime.UTC)
