@@ -31,6 +31,7 @@ from schemas.job import StorageSpec
 GLOB_CHARACTERS = frozenset("*?[")
 MOST_NAMES = 10_000_000
 LEFTOVER_AGE_S = 3600.0
+REWRITE = "rewrite-"
 READERS = 16
 """Files that are read or removed at the same time; they wait for the store, not for a CPU."""
 FEW_NAMES = 8
@@ -303,6 +304,55 @@ class Output:
         else:
             self._retrying(self.fs.pipe_file, self._path(name), data)
 
+    def rewrite(self, name: str, data: bytes, *, was: str, check: Callable[[], None]) -> bool:
+        """Make `data` appear in the place of a file; False where that is another than it `was`.
+
+        `was`: as `identities` told it before the file was read. `check` is called at the last
+        moment. Who sleeps between that and the end, while another run goes on, harms nothing: what
+        was written aside is removed by `remove_leftovers`, and S3 compares the file once more.
+        Other stores leave a moment in which it is not noticed.
+        """
+        if is_local(self.fs):
+            return self._retrying(self._rewrite_local, name, data, was, check)
+        return self._retrying(self._upload_over, name, data, was, check)
+
+    def _rewrite_local(self, name: str, data: bytes, was: str, check: Callable[[], None]) -> bool:
+        target = Path(self.root, name)
+        with self._aside(data, prefix=REWRITE) as aside:
+            check()
+            if not self._is(name, was):
+                return False
+            try:
+                aside.replace(target)
+            except FileNotFoundError:
+                return False
+        _sync_folder(target.parent)
+        return True
+
+    def _upload_over(self, name: str, data: bytes, was: str, check: Callable[[], None]) -> bool:
+        check()
+        if "s3" not in self.fs.protocol:
+            self.fs.pipe_file(self._path(name), data)
+            return True
+        try:
+            # In one piece: the condition belongs to the request that brings the data.
+            self.fs.pipe_file(self._path(name), data, chunksize=len(data) + 1, IfMatch=f'"{was}"')
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            # A 412 (precondition failed) reaches s3fs as EEXIST or EINVAL, as other things do.
+            is_refusal = error.errno == errno.EINVAL or isinstance(error, FileExistsError)
+            if is_refusal and not self._is(name, was):
+                return False
+            raise
+        return True
+
+    def _is(self, name: str, identity: str) -> bool:
+        try:
+            return identity_of(self.fs.info(self._path(name))) == identity
+        except FileNotFoundError:
+            return False
+
     def _replace_local(self, target: Path, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._aside(data) as aside:
@@ -320,9 +370,9 @@ class Output:
         return True
 
     @contextlib.contextmanager
-    def _aside(self, data: bytes) -> Iterator[Path]:
+    def _aside(self, data: bytes, *, prefix: str = "") -> Iterator[Path]:
         """A synced file on the output's own file system, gone afterwards."""
-        aside = Path(self.root, ".tmp", uuid.uuid4().hex)
+        aside = Path(self.root, ".tmp", prefix + uuid.uuid4().hex)
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("xb") as file:
@@ -357,13 +407,16 @@ class Output:
             self._retrying(self.fs.rm_file, self._path(name))
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers have left aside; what is younger may still be written."""
+        """Remove what killed writers have left aside; what is younger may still be written.
+
+        Not so what is to take the place of another file: only who holds the output does that.
+        """
         if not is_local(self.fs):
             return
         oldest = time.time() - LEFTOVER_AGE_S
         for aside in Path(self.root, ".tmp").glob("*"):
             with contextlib.suppress(OSError):
-                if aside.stat().st_mtime < oldest:
+                if aside.name.startswith(REWRITE) or aside.stat().st_mtime < oldest:
                     aside.unlink()
 
     def use(self, name: str, use: Callable[[Any], T]) -> T:

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.storage import Output, StoredFile, identity_of, list_files
-from schemas.errors import SpecError
+from schemas.errors import OutputHeld, SpecError
 from schemas.job import StorageSpec
 
 HERE = StorageSpec()
@@ -391,3 +391,48 @@ class TestRetries:
             hasty.read("a/there")
         RefusingStore.refusals = [FULL]
         assert patient.read("a/there") == b"0"
+
+
+class TestRewriting:
+    """One file in the place of another, whatever else happens meanwhile."""
+
+    @pytest.fixture
+    def output(self, tmp_path: Path) -> Output:
+        output = Output(str(tmp_path), HERE)
+        output.publish("answers/a", b"old")
+        return output
+
+    @staticmethod
+    def was(output: Output) -> str:
+        return output.identities("answers", suffix="")["answers/a"]
+
+    def test_it_takes_the_place(self, output: Output, tmp_path: Path) -> None:
+        assert output.rewrite("answers/a", b"new", was=self.was(output), check=lambda: None)
+        assert output.read("answers/a") == b"new"
+        assert list((tmp_path / ".tmp").iterdir()) == []
+
+    def test_another_file_is_left_alone(self, output: Output, tmp_path: Path) -> None:
+        was = self.was(output)
+        output.replace("answers/a", b"other")
+        assert not output.rewrite("answers/a", b"new", was=was, check=lambda: None)
+        assert output.read("answers/a") == b"other"
+
+    def test_a_file_that_is_gone_stays_gone(self, output: Output) -> None:
+        was = self.was(output)
+        output.remove("answers/a")
+        assert not output.rewrite("answers/a", b"new", was=was, check=lambda: None)
+        assert output.names("answers", suffix="") == []
+
+    def test_who_holds_the_output_next_puts_an_end_to_it(self, output: Output) -> None:
+        """The file is as it was: nothing but its leftovers could tell."""
+        check = output.remove_leftovers
+        assert not output.rewrite("answers/a", b"new", was=self.was(output), check=check)
+        assert output.read("answers/a") == b"old"
+
+    def test_what_check_raises_leaves_all_as_it_was(self, output: Output) -> None:
+        def lost() -> None:
+            raise OutputHeld("another has it")
+
+        with pytest.raises(OutputHeld):
+            output.rewrite("answers/a", b"new", was=self.was(output), check=lost)
+        assert output.read("answers/a") == b"old"

@@ -49,6 +49,24 @@ def test_a_taken_name_is_not_replaced_by_an_upload_in_many_pieces(output: Output
     assert output.use("answers/a.parquet", lambda file: file.read(1)) == b"\0"
 
 
+@pytest.mark.parametrize("size", [10, 101 * 2**20])
+def test_a_file_is_rewritten_while_it_is_the_one_that_it_was(output: Output, size: int) -> None:
+    """Whoever changes it after the last look is noticed by the server."""
+    output.publish("answers/a", b"old")
+    was = output.identities("answers", suffix="")["answers/a"]
+    assert output.rewrite("answers/a", bytes(size), was=was, check=lambda: None)
+    assert output.use("answers/a", lambda file: file.read(1)) == b"\0"
+    now = output.identities("answers", suffix="")["answers/a"]
+
+    def change() -> None:
+        output.replace("answers/a", b"other")
+
+    assert not output.rewrite("answers/a", b"new", was=now, check=change)
+    assert output.read("answers/a") == b"other"
+    output.remove("answers/a")
+    assert not output.rewrite("answers/a", b"new", was=now, check=lambda: None)
+
+
 def test_what_another_client_publishes_or_removes_is_seen(
     output: Output, url: str, storage: StorageSpec
 ) -> None:
