@@ -21,6 +21,7 @@ from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
 from schemas.ask import AskPrompt, AskRow
+from pipeline.versions import Versions
 from schemas.errors import SpecError
 from schemas.job import JobSpec
 from schemas.tables import RESERVED_COLUMNS
@@ -39,13 +40,13 @@ class Plan:
         """The job's answers, not opened."""
         return AnswerTable(self.job.output, keep=self.keep, fingerprint=self.fingerprint)
 
-    def work(self, answered: Coverage) -> list[ShardWork]:
+    def work(self, answered: Coverage, versions: Versions) -> list[ShardWork]:
         """The shards that have rows to be answered, with what is answered of each.
 
         With `source.limit`, complete ones may stand among them (`read.ReadTask`).
         """
-        known = [ShardWork(s, answered.of(s.uri, s.identity)) for s in self.shards]
         units = self.job.units
+        known = [ShardWork(s, versions.done(s, answered, units=units)) for s in self.shards]
         if self.job.source.limit is not None:
             return _first_rows(known, limit=self.job.source.limit, units=units)
         return [item for item in known if not item.done.is_complete(units)]

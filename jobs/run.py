@@ -66,7 +66,8 @@ def run_job(job: JobSpec, *, address: str | None, console: Console) -> RunResult
     run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s))
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
         run.table.recover(lease)
-        run.table.open(planned.shards)
+        run.table.open(planned.shards, on_change=job.source.on_change)
+        run.remove_stale()
         return run.to_its_end(lease, address)
 
 
@@ -85,6 +86,7 @@ class _Run:
     first_answer_s: float | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     tally_before: Tally = field(default_factory=Tally)
+    removed: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
@@ -95,6 +97,14 @@ class _Run:
     def hold(self) -> contextlib.AbstractContextManager[Lease]:
         timeout_s = self.plan.job.output.lease_timeout_s
         return hold(self.table.output, run_id=self.run_id, timeout_s=timeout_s, say=self._say)
+
+    def remove_stale(self) -> None:
+        self.removed = self.table.remove_stale()
+        if self.removed.rows:
+            self._say(
+                f"{self.removed.rows:,} answers are removed, about shards that have changed since "
+                "or are gone (source.on_change)"
+            )
 
     def to_its_end(self, lease: Lease, address: str | None) -> RunResult:
         """Answer, fold and record; the table is open."""
@@ -117,7 +127,7 @@ class _Run:
         )
 
     def _work(self) -> list[ShardWork]:
-        return self.plan.work(self.table.coverage)
+        return self.plan.work(self.table.coverage, self.table.versions)
 
     def _answer(self, work: list[ShardWork], lease: Lease, address: str | None) -> list[ShardWork]:
         """Answer the shards; returns what is left of them."""
@@ -240,6 +250,7 @@ class _Run:
             "shards": self._shards,
             "counts": dict(tally.counts),
             "new": new,
+            "removed": dict(self.removed.counts),
             "failures": {name: found.to_json() for name, found in tally.failures.items()},
             "fingerprint": self.plan.fingerprint.to_json(),
             "resources": self.resources,

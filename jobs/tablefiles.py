@@ -1,14 +1,16 @@
 """The files of an answer table, read whole for `verify`: whose rows they hold, what is wrong."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.coverage import ShardCoverage
 from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part
 from pipeline.storage import Output, store_errors
+from pipeline.versions import Versions
 from schemas.errors import JobError, SpecError
 
 IDENTITY = ("source_uri", "source_index", "question_id", "turn", "sample_number")
@@ -24,47 +26,56 @@ class Fault:
     reason: str
 
 
-def read_table(
-    output: Output, *, schema: pa.Schema, versions: Mapping[str, str]
-) -> tuple[pa.Table, int, list[Fault]]:
-    """The rows that are there, how many files are staged, and what is wrong with the files.
-
-    `versions`: the identity of each shard of the source. Raises SpecError where the store fails.
+@dataclass(frozen=True)
+class Files:
+    """What lies in an output. `rows`: IDENTITY and OUTCOME of every answer; `covered`: what each
+    whole part says that it covers; `staged`: files that were not folded yet.
     """
-    tables, faults = [], []
+
+    rows: pa.Table
+    covered: Mapping[str, Sequence[ShardCoverage]]
+    staged: int
+    faults: Sequence[Fault]
+
+
+def read_files(output: Output, *, schema: pa.Schema) -> Files:
+    """Read the table whole. Raises SpecError where the store fails."""
+    tables, faults, covered = [_no_rows(schema)], [], {}
     try:
         for name in output.names(ANSWERS, suffix=""):
-            rows, reasons = _read_file(output, name, schema=schema, versions=versions)
-            tables.append(rows)
-            faults += [Fault(name, reason) for reason in reasons]
+            try:
+                info, rows = _read_file(output, name, schema=schema)
+            except JobError as error:
+                faults.append(Fault(name, str(error)))
+                continue
+            tables.append(rows.select([*IDENTITY, *OUTCOME]))
+            covered[name] = info.footer.shards
+            faults += [Fault(name, reason) for reason in _reasons(info, rows)]
         staged = len(output.names(STAGING, suffix=""))
     except store_errors() as error:
         raise SpecError(
             f"{output.uri} cannot be read ({error}); check the path and the credentials"
         ) from error
-    return pa.concat_tables([_no_rows(schema), *tables]), staged, faults
+    return Files(pa.concat_tables(tables), covered, staged, faults)
 
 
 def _no_rows(schema: pa.Schema) -> pa.Table:
     return pa.schema([schema.field(name) for name in (*IDENTITY, *OUTCOME)]).empty_table()
 
 
-def _read_file(
-    output: Output, name: str, *, schema: pa.Schema, versions: Mapping[str, str]
-) -> tuple[pa.Table, list[str]]:
-    """Identity and outcome of every row of a whole part, and what is wrong with the file."""
-    try:
-        info, batches = _open_part(output, name, schema=schema)
-        rows = pa.concat_tables([_checked(schema.empty_table()), *map(_checked, batches)])
-    except JobError as error:
-        return _no_rows(schema), [str(error)]
+def _read_file(output: Output, name: str, *, schema: pa.Schema) -> tuple[PartInfo, pa.Table]:
+    """Identity and outcome of every row of a part. Raises JobError where it is not whole."""
+    info, batches = _open_part(output, name, schema=schema)
+    return info, pa.concat_tables([_checked(schema.empty_table()), *map(_checked, batches)])
+
+
+def _reasons(info: PartInfo, rows: pa.Table) -> Iterator[str]:
     reasons = (
         _footer_fault(info, rows=rows),
-        _version_fault(info, versions=versions),
         _rows_fault(rows, "misanswered", "an answer where status is not ok, or none where it is"),
         _rows_fault(rows, "unexplained", f"status failed without all of {', '.join(ERROR)}"),
     )
-    return rows.select([*IDENTITY, *OUTCOME]), [reason for reason in reasons if reason]
+    yield from filter(None, reasons)
 
 
 def _open_part(
@@ -103,14 +114,19 @@ def _rows_fault(rows: pa.Table, column: str, what: str) -> str | None:
     return f"{odd.num_rows} rows have {what}; the first is {first}"
 
 
-def _version_fault(info: PartInfo, *, versions: Mapping[str, str]) -> str | None:
+def version_faults(
+    covered: Mapping[str, Sequence[ShardCoverage]], versions: Versions
+) -> Iterator[Fault]:
     """A shard that was replaced calls for the same rows, but what is there answers the old one."""
-    stale = [s for s in info.footer.shards if versions.get(s.uri, s.identity) != s.identity]
-    if not stale:
-        return None
-    uri, was = stale[0].uri, stale[0].identity
-    more = f"; so it does of {len(stale) - 1} more" if len(stale) > 1 else ""
-    return f"answers another version of {uri}: was {was!r}, is now {versions[uri]!r}{more}"
+    for name, shards in covered.items():
+        stale = [s for s in shards if s.uri in versions.current and not versions.stand(s)]
+        if stale:
+            uri, was = stale[0].uri, stale[0].identity
+            more = f"; so it does of {len(stale) - 1} more" if len(stale) > 1 else ""
+            now = versions.current[uri]
+            yield Fault(
+                name, f"answers another version of {uri}: was {was!r}, is now {now!r}{more}"
+            )
 
 
 def _footer_fault(info: PartInfo, *, rows: pa.Table) -> str | None:

@@ -3,12 +3,15 @@
 The source is read again and says which answers there have to be; nothing is decoded, and images
 that rows only name are not fetched: each has its answers, failed ones where it is gone. The rows
 under `answers/` say which there are, and every column of theirs is read. Footers are only checked
-against the rows of their own part, and for the version of the source that they answer.
+against the rows of their own part, and for the version of the source that they answer. Where
+answers stand though their shard has changed or is gone (`source.on_change: keep`), footers alone
+can say which there have to be.
 Source shards and parts are gone through one at a time; of all parts together, identities alone are
 held in memory.
 """
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.tablefiles import IDENTITY, Fault, counts_of, read_table
-from pipeline.coverage import END, Ranges
-from pipeline.footer import STATUSES
+from jobs.tablefiles import IDENTITY, Fault, counts_of, read_files, version_faults
+from pipeline.coverage import END, Coverage, Ranges, ShardCoverage
+from pipeline.footer import NULL_QUESTION, STATUSES
 from pipeline.sources import open_source
-from pipeline.sources.base import Question, Reading, Sample, Shard
+from pipeline.sources.base import Question, Reading, Sample
 from pipeline.sources.fetch import Unfetched
 from pipeline.storage import Output
 from schemas.ask import ROW_QUESTIONS
+from pipeline.versions import Versions
 from schemas.errors import RowError
 from schemas.job import JobSpec
 from schemas.tables import answer_schema
@@ -98,40 +102,100 @@ def verify(job: JobSpec) -> Report:
     source = open_source(job.source, fetcher=Unfetched(job.source))
     shards = [replace(shard, piece=(0, 1)) for shard in source.list() if shard.piece[0] == 0]
     output = Output(job.output.path, job.output.storage, retry_s=job.output.retry_s)
-    schema = answer_schema(source.keep_types(), prompts=job.output.prompts)
-    table, staged, faults = read_table(
-        output, schema=schema, versions={shard.uri: shard.identity for shard in shards}
+    files = read_files(
+        output, schema=answer_schema(source.keep_types(), prompts=job.output.prompts)
     )
-    samples = {u: job.samples(ask) for u, ask in zip(job.units, job.ask, strict=True)}
-    missing, doubled, unexpected = Finding(), Finding(), Finding()
-    inputs = 0
+    covered = Coverage(shard for part in files.covered.values() for shard in part)
+    versions = Versions.of(shards, covered, on_change=job.source.on_change)
+    compared = _Comparison(
+        {unit: job.samples(ask) for unit, ask in zip(job.units, job.ask, strict=True)}
+    )
     wanted = END if job.source.limit is None else job.source.limit
-    for shard, there in _by_shard(table, shards, unexpected=unexpected):
-        most = _rows_to_read(wanted, there)
-        reading = Reading(source.read(shard, skip=Ranges.starting(most)))
-        for identity in _called_for(reading if most else (), samples=samples):
+    by_uri = {shard.uri: shard for shard in shards}
+    for uri, there in _by_shard(files.rows, list(by_uri)):
+        rows_total = None
+        if kept := versions.kept.get(uri):
+            compared.add_kept(kept, there)
+            rows_total = kept.rows_total
+        elif uri in by_uri:
+            most = _rows_to_read(wanted, there)
+            reading = Reading(source.read(by_uri[uri], skip=Ranges.starting(most)))
+            compared.add(uri, there, reading if most else (), wanted=wanted)
+            rows_total = most if reading.rows_total is None else reading.rows_total
+        else:
+            compared.add_strangers(uri, there)
+        if uri in by_uri:
+            wanted = max(wanted - (rows_total or 0), 0)
+    failed = files.rows.filter(pc.equal(files.rows["status"], "failed"))
+    return Report(
+        inputs=compared.inputs,
+        counts={**dict.fromkeys(STATUSES, 0), **counts_of(files.rows["status"])},
+        failures=counts_of(failed["error_class"]),
+        missing=compared.missing,
+        doubled=compared.doubled,
+        unexpected=compared.unexpected,
+        faults=[*files.faults, *version_faults(files.covered, versions)],
+        staged=files.staged,
+    )
+
+
+class _Comparison:
+    """What is there against what has to be there, a shard at a time."""
+
+    def __init__(self, samples: Mapping[str, int]) -> None:
+        """`samples`: as in `answer_ids`."""
+        self._samples = samples
+        self.inputs = 0
+        self.missing, self.doubled, self.unexpected = Finding(), Finding(), Finding()
+
+    def add(
+        self, uri: str, there: Counter[Identity], rows: Iterable[Sample], *, wanted: int
+    ) -> None:
+        """A shard of the source. `wanted`: so many of its rows have to be answered."""
+        for identity in _called_for(rows, samples=self._samples):
             times = there.pop(identity, 0)
             # What a run without a limit, or with another one, has answered is an input, too.
             if times or identity[0] < wanted:
-                inputs += 1
-                if times == 0:
-                    missing.add(shard.uri, identity)
-            if times > 1:
-                doubled.add(shard.uri, identity)
+                self._add(uri, identity, times=times)
+        self.add_strangers(uri, there)
+
+    def add_kept(self, kept: ShardCoverage, there: Counter[Identity]) -> None:
+        """A shard of which an earlier version was answered, which nobody can read any more."""
+        for identity in _lacking(kept, there):
+            self._add(kept.uri, identity, times=0)
         for identity, times in there.items():
-            unexpected.add(shard.uri, identity, times=times)
-        wanted = max(wanted - (most if reading.rows_total is None else reading.rows_total), 0)
-    failed = table.filter(pc.equal(table["status"], "failed"))
-    return Report(
-        inputs=inputs,
-        counts={**dict.fromkeys(STATUSES, 0), **counts_of(table["status"])},
-        failures=counts_of(failed["error_class"]),
-        missing=missing,
-        doubled=doubled,
-        unexpected=unexpected,
-        faults=faults,
-        staged=staged,
-    )
+            if kept.missing_units(identity[0], kept.units) == list(kept.units):
+                self.unexpected.add(kept.uri, identity, times=times)
+            else:
+                self._add(kept.uri, identity, times=times)
+
+    def add_strangers(self, uri: str, there: Counter[Identity]) -> None:
+        for identity, times in there.items():
+            self.unexpected.add(uri, identity, times=times)
+
+    def _add(self, uri: str, identity: Identity, *, times: int) -> None:
+        self.inputs += 1
+        if times == 0:
+            self.missing.add(uri, identity)
+        if times > 1:
+            self.doubled.add(uri, identity)
+
+
+def _lacking(kept: ShardCoverage, there: Iterable[Identity]) -> Iterator[Identity]:
+    """Answers that the footers tell of and no row is; of a row's own questions, and of the samples
+    of one, each stands for all.
+
+    A row without a question id stands for whatever its source row has no other answer to.
+    """
+    ids: dict[int, set[str | None]] = defaultdict(set)
+    for index, question_id, _, _ in there:
+        ids[index].add(question_id)
+    for unit in kept.units.keys() - {NULL_QUESTION}:
+        for index in itertools.chain.from_iterable(range(*p) for p in kept.units[unit].pairs):
+            found = ids.get(index, set())
+            own = found - kept.units.keys() if unit == ROW_QUESTIONS else found & {unit}
+            if not own and None not in found:
+                yield index, None if unit == ROW_QUESTIONS else unit, 0, 0
 
 
 def _rows_to_read(wanted: int, there: Iterable[Identity]) -> int:
@@ -167,20 +231,15 @@ def _own_ids(
     return ids if len({*ids, *taken}) == len(ids) + len(taken) else [None]
 
 
-def _by_shard(
-    table: pa.Table, shards: Sequence[Shard], *, unexpected: Finding
-) -> Iterator[tuple[Shard, Counter[Identity]]]:
-    """Each shard with the answers that are there; answers of no shard are unexpected."""
-    uris = pa.array([shard.uri for shard in shards], pa.string())
-    number = pc.fill_null(pc.index_in(table["source_uri"], value_set=uris), len(shards))
+def _by_shard(table: pa.Table, uris: Sequence[str]) -> Iterator[tuple[str, Counter[Identity]]]:
+    """The answers about each of these shards, in their order, then about any other one."""
+    others = set(pc.unique(table["source_uri"]).to_pylist()) - set(uris)
+    uris = [*uris, *sorted(others, key=str)]
+    number = pc.index_in(table["source_uri"], value_set=pa.array(uris, pa.string()))
     table = table.select(list(IDENTITY)).append_column("shard", number).sort_by("shard")
-    starts = np.searchsorted(table["shard"].to_numpy(), np.arange(len(shards) + 1))
-    for shard, start, stop in zip(shards, starts[:-1], starts[1:], strict=True):
-        yield shard, Counter(_identities(table.slice(start, stop - start)))
-    strangers = table.slice(starts[-1])
-    uris_there = strangers["source_uri"].to_pylist()
-    for uri, identity in zip(uris_there, _identities(strangers), strict=True):
-        unexpected.add(uri, identity)
+    starts = np.searchsorted(table["shard"].to_numpy(), np.arange(len(uris) + 1))
+    for uri, start, stop in zip(uris, starts[:-1], starts[1:], strict=True):
+        yield uri, Counter(_identities(table.slice(start, stop - start)))
 
 
 def _identities(table: pa.Table) -> Iterator[Identity]:

@@ -12,6 +12,7 @@ Leftovers in `.tmp` are of publications that never happened, and harmless. Knows
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from pipeline.compatibility import (
     check_fingerprint,
     check_own_ids,
     check_schema,
-    check_shards,
+    check_source,
 )
 from pipeline.coverage import Coverage
 from pipeline.fold import Part, Shards, Share, added_coverage, cut, fold_parts, rows_of
@@ -42,6 +43,7 @@ from pipeline.parts import (
 )
 from pipeline.sources.base import Shard
 from pipeline.storage import READERS, Output
+from pipeline.versions import ALL_STAND, OnChange, Versions
 from schemas.errors import JobError
 from schemas.job import OutputSpec
 from schemas.tables import answer_schema
@@ -72,6 +74,7 @@ class AnswerTable:
         self._ledger = Ledger(self._schema)
         self._staged: dict[str, Share] = {}
         self._covered: set[str] = set()
+        self.versions = ALL_STAND
         self.coverage = Coverage()
         """What is answered, folded or staged; grows as parts are committed."""
 
@@ -88,19 +91,53 @@ class AnswerTable:
             self._finish_fold(intent)
             self.output.remove(name)
 
-    def open(self, shards: Sequence[Shard]) -> None:
-        """Learn what the output holds. Changes nothing there.
+    def open(self, shards: Sequence[Shard], *, on_change: OnChange = "replace") -> None:
+        """Learn what the output holds of the source as it is. Changes nothing there.
 
         Raises SpecError where its answers cannot stand beside this run's: another fingerprint,
-        other columns, a shard of the source that has changed, or a question added under an id
-        that rows' own questions have; JobError for a damaged part.
+        other columns, no shard of the source, or a question added under an id that rows' own
+        questions have; JobError for a damaged part.
         """
         self._read_answers()
-        self._read_staged()
-        check_shards(self.coverage, shards, place=self.output.uri)
+        staged = self._read_staged_infos()
+        answered = Coverage([*self.coverage, *(s for part in staged for s in part.footer.shards)])
+        self.versions = Versions.of(shards, answered, on_change=on_change)
+        check_source(self.versions, answered, place=self.output.uri)
+        self.coverage = Coverage(self.versions.standing(self.coverage))
+        for part in staged:
+            self._stage(part.name, part.footer)
         units = self._fingerprint.questions
         if added := added_questions(self.coverage, shards, units=units):
             check_own_ids(self.output, [*self._ledger.names, *self._staged], added=added)
+
+    def remove_stale(self) -> Tally:
+        """Take out of the table what does not stand any more; the tally of what that was.
+
+        Each part that holds such answers is written again under its name, without them. Killed in
+        between, it leaves the rest to the next run.
+        """
+        before = self._ledger.tally
+        if all(map(self.versions.stand, self._ledger.coverage)):
+            return Tally()
+        there = self.output.identities(ANSWERS, suffix=SUFFIX)
+        ledger = Ledger(self._schema)
+        for part in self._read_infos(self._ledger.names):
+            if part.footer.shards:
+                ledger.add(part.name, self._without_stale(part, was=there[part.name]))
+            else:
+                # What an earlier run has left of a part, so that nobody else could take its name.
+                self.output.remove(part.name)
+        self._ledger = ledger
+        return before - ledger.tally
+
+    def _without_stale(self, part: PartInfo, *, was: str) -> Footer:
+        standing = self.versions.standing(part.footer.shards)
+        if standing == part.footer.shards:
+            return part.footer
+        answers = rows_of(read_part(self.output, part.name), standing)
+        footer = replace(part.footer, shards=standing, tally=tally_of(answers))
+        self._rewrite(part.name, answers, footer, was=was)
+        return footer
 
     @property
     def tally(self) -> Tally:
@@ -140,9 +177,12 @@ class AnswerTable:
             self._add_part(part.name, part.footer)
 
     def _read_staged(self) -> None:
-        names = set(self.output.names(STAGING, suffix=SUFFIX))
-        for part in self._read_infos(names - self._staged.keys() - self._covered):
+        for part in self._read_staged_infos():
             self._stage(part.name, part.footer)
+
+    def _read_staged_infos(self) -> list[PartInfo]:
+        names = set(self.output.names(STAGING, suffix=SUFFIX))
+        return self._read_infos(names - self._staged.keys() - self._covered)
 
     def _read_infos(self, names: set[str]) -> list[PartInfo]:
         with ThreadPoolExecutor(READERS) as pool:
@@ -164,7 +204,8 @@ class AnswerTable:
         """Take a staged part's share: what nothing that is known covers already."""
         if name in self._staged:
             return
-        shards = added_coverage(footer.shards, covered=self.coverage)
+        standing = self.versions.standing(footer.shards)
+        shards = added_coverage(standing, covered=self.coverage)
         if not shards:
             self._covered.add(name)
             return
@@ -239,11 +280,24 @@ class AnswerTable:
             # The first try of an upload that was tried again, or a run that finished this fold.
             footer = read_info(self.output, name).footer
             if name != part_name(footer):
+                self._lease.check()
                 raise JobError(
                     f"{self.output.uri}/{name} is there and covers something else; move it away "
                     "and run the job again: what it held is answered again"
                 )
         self._add_part(name, footer)
+
+    def _rewrite(self, name: str, answers: pa.Table, footer: Footer, *, was: str) -> None:
+        data = part_bytes(answers, footer)
+        if self.output.rewrite(name, data, was=was, check=self._lease.check):
+            return
+        # The first try of an upload that was tried again, or another run.
+        if name not in self.output.names(ANSWERS, suffix=SUFFIX) or self.output.read(name) != data:
+            self._lease.check()
+            raise JobError(
+                f"{self.output.uri}/{name} was changed while this run was about to replace it; see "
+                "that nothing else writes there and run the job again"
+            )
 
     def _write_ledger(self) -> None:
         self._ledger.write(self.output, there=self.output.identities(ANSWERS, suffix=SUFFIX))

@@ -16,6 +16,7 @@ from pipeline.parts import read_columns
 from pipeline.sources.base import Shard
 from pipeline.storage import READERS, Output
 from schemas.ask import ROW_QUESTIONS
+from pipeline.versions import Versions
 from schemas.errors import SpecError
 
 PLACE = ("source_uri", "source_index", "question_id")
@@ -47,15 +48,14 @@ def _schema_differences(old: pa.Schema, new: pa.Schema) -> str:
     return "; ".join(lines) or f"their order: was {list(was)}, is now {list(now)}"
 
 
-def check_shards(coverage: Coverage, shards: Iterable[Shard], *, place: str) -> None:
-    """Refuse a shard of the source that is another file than the one that was answered."""
-    answered = {shard.uri: shard.identity for shard in coverage}
-    for shard in shards:
-        if (old := answered.get(shard.uri, shard.identity)) != shard.identity:
-            raise SpecError(
-                f"{shard.uri} has changed since it was answered in {place}: it was "
-                f"{old!r}, is now {shard.identity!r}. Give another output.path"
-            )
+def check_source(versions: Versions, answered: Coverage, *, place: str) -> None:
+    """Refuse to remove everything: that is another source, not one that has changed."""
+    if versions.on_change == "replace" and versions.have_nothing_of(answered):
+        raise SpecError(
+            f"{place} has answers about {len(answered):,} shards, none of which is in source.path "
+            f"any more; the first was {next(iter(answered)).uri}. Give another output.path, or set "
+            "source.on_change to keep"
+        )
 
 
 Added = Mapping[str, Mapping[str, Ranges]]

@@ -104,6 +104,10 @@ class Tally:
             failures[name] = failures[name] + more if name in failures else more
         return Tally(counts, failures)
 
+    def __sub__(self, other: "Tally") -> "Tally":
+        """The counts alone: which failures are left over, nobody can tell."""
+        return Tally({name: self.counts[name] - other.counts[name] for name in STATUSES})
+
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> Self:
         """The tally of answer rows; wants their place, status and error columns.

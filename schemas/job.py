@@ -117,6 +117,12 @@ class SourceSpec(Spec):
         description="Decode images that are cut off, grey or black where bytes are missing; else "
         "they are failed rows.",
     )
+    on_change: Literal["replace", "keep"] = Field(
+        "replace",
+        description="replace: answers about a shard that has changed since give way to new ones, "
+        "those about a shard that is gone are removed; keep: they stay as they are, if the shard "
+        "was complete, and its new version is not read.",
+    )
     storage: StorageSpec = Field(StorageSpec(), description="How to reach the source.")
 
     @field_validator("path")

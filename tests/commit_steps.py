@@ -1,15 +1,17 @@
 """Runs of the commit that die, or sleep, at an exact step of it; a process each.
 
-    python -m tests.commit_steps FOLDER_OR_URL --act kill|sleep [--every N] [--endpoint URL]
+    python -m tests.commit_steps FOLDER_OR_URL --act kill|sleep [--night NAME] [--every N]
 
 A step is one thing that the store is made to do: a link, a rename, a sync, a removal, an upload.
 `kill`: the run is ended by SIGKILL before or after the step, and another run follows. `sleep`: it
 is stopped there, another run takes the output over and completes it, then the first goes on.
 After each the table is compared with what it has to hold. Prints JSON; ends with 1 on a fault.
+`--night changed`: the output is complete, and the source is another one since.
 Real processes, forked from this one, which keeps clear of threads and stores.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -18,7 +20,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,56 +43,74 @@ ROWS_PER_FILE, NEXT_ROWS_PER_FILE = 5, 8
 """The run that follows groups otherwise: only what the first one recorded may look like it."""
 BATCH = 3
 UNITS = ["caption", "colour", "questions"]
-LENGTHS = {"a.tar": 6, "b.tar": 3, "c.tar": 0}
-SHARDS = [Shard(uri, IDENTITY) for uri in LENGTHS]
 LOCAL_STEPS = ("link", "replace", "unlink", "remove", "fsync")
-REMOTE_STEPS = ("_upload_new", "replace", "remove")
+REMOTE_STEPS = ("_upload_new", "_upload_over", "replace", "remove")
 
 Place = tuple[str, int]
 
 
-def rows_at(uri: str, index: int) -> list[dict[str, Any]]:
+def rows_at(uri: str, index: int, version: str) -> list[dict[str, Any]]:
     """All answers of a source row: of three kinds, in turn."""
+    place = {"uri": uri, "shard_identity": version, "run_id": version}
     if index % 3 == 0:
         own = [f"own-{number}" for number in range(index % 4)] or [None]
         status = {} if index % 4 else {"status": "skipped", "answer": None}
-        return row(index, ["caption", "colour", *own], uri=uri, units=UNITS, **status)
+        return row(index, ["caption", "colour", *own], units=UNITS, **place, **status)
     if index % 3 == 1:
-        return failed(index, units=UNITS, uri=uri)
-    return row(index, ["caption", "colour", "own"], uri=uri, units=UNITS)
+        return failed(index, units=UNITS, **place)
+    return row(index, ["caption", "colour", "own"], units=UNITS, **place)
 
 
-EXPECTED = sorted(
-    (
-        (uri, index, each["question_id"])
-        for uri, length in LENGTHS.items()
-        for index in range(length)
-        for each in rows_at(uri, index)
-    ),
-    key=str,
-)
+@dataclass(frozen=True)
+class Night:
+    """A source: of each shard its version, and how many rows it has."""
+
+    shards: Mapping[str, tuple[str, int]]
+    new: int
+    """Rows and ends of shards that are not answered yet."""
+
+    @property
+    def listed(self) -> list[Shard]:
+        return [Shard(uri, version) for uri, (version, _) in self.shards.items()]
+
+    @property
+    def expected(self) -> list[tuple[Any, ...]]:
+        places = (
+            (uri, index, each["question_id"], version)
+            for uri, (version, length) in self.shards.items()
+            for index in range(length)
+            for each in rows_at(uri, index, version)
+        )
+        return sorted(places, key=str)
+
+    def missing(self, table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
+        """The source rows and the end marks that nothing covers."""
+        for uri, (version, length) in self.shards.items():
+            known: ShardCoverage = table.coverage.of(uri, version)
+            done = known.answered_rows(UNITS)
+            for index in range(length):
+                if index not in done:
+                    yield rows_at(uri, index, version)
+            if known.rows_total is None:
+                yield [{**each, "shard_identity": version} for each in end(length, uri=uri)]
 
 
-def missing(table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
-    """The source rows and the end marks that nothing covers."""
-    for uri, length in LENGTHS.items():
-        known: ShardCoverage = table.coverage.of(uri, IDENTITY)
-        done = known.answered_rows(UNITS)
-        yield from (rows_at(uri, index) for index in range(length) if index not in done)
-        if known.rows_total is None:
-            yield end(length, uri=uri)
+FIRST = Night({"a.tar": (IDENTITY, 6), "b.tar": (IDENTITY, 3), "c.tar": (IDENTITY, 0)}, new=12)
+CHANGED = Night({"a.tar": (IDENTITY, 6), "b.tar": ("etag-2", 4), "d.tar": (IDENTITY, 1)}, new=7)
+NIGHTS = {"first": FIRST, "changed": CHANGED}
 
 
-def run(spec: OutputSpec, *, answered_log: Path) -> None:
+def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
     """Answer what is missing, in batches; every second one is staged again with other borders."""
     ledger.UNRECORDED_PARTS = 1
     table = AnswerTable(spec, keep={}, fingerprint=FINGERPRINT)
     options = {"run_id": f"run-{os.getpid()}", "timeout_s": spec.lease_timeout_s}
     with hold(table.output, say=lambda _: None, **options) as lease:
         table.recover(lease)
-        table.open(SHARDS)
+        table.open(night.listed)
+        table.remove_stale()
         for number in itertools.count():
-            batch = list(itertools.islice(missing(table), BATCH))
+            batch = list(itertools.islice(night.missing(table), BATCH))
             if not batch:
                 break
             with answered_log.open("a") as log:
@@ -102,15 +123,21 @@ def run(spec: OutputSpec, *, answered_log: Path) -> None:
         table.finish()
 
 
-def check_table(output: Output, *, has_all: bool = False, is_tidy: bool = False) -> None:
+def check_table(
+    output: Output, night: Night, *, has_all: bool = False, is_tidy: bool = False
+) -> None:
     """What a reader of the table sees at this moment. Raises AssertionError."""
     tables = [read_part(output, name)[0] for name in output.names(ANSWERS, suffix="")]
     rows = [r for table in tables for r in table.to_pylist()]
-    there = [(r["source_uri"], r["source_index"], r["question_id"]) for r in rows]
-    assert len(there) == len(set(there)), f"doubled: {sorted(there, key=str)}"
+    there = [(r["source_uri"], r["source_index"], r["question_id"], r["run_id"]) for r in rows]
+    identities = [place[:3] for place in there]
+    assert len(identities) == len(set(identities)), f"doubled: {sorted(there, key=str)}"
     assert all(table.num_rows <= NEXT_ROWS_PER_FILE for table in tables)
+    if night is not FIRST:
+        stand = {place for place in night.expected if place in FIRST.expected}
+        assert stand <= set(there), f"gone: {sorted(stand - set(there), key=str)}"
     if has_all:
-        assert sorted(there, key=str) == EXPECTED
+        assert sorted(there, key=str) == night.expected
     if is_tidy:
         for folder in (STAGING, INTENTS):
             assert output.names(folder, suffix="") == [], f"left in {folder}"
@@ -169,58 +196,72 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def attempt(spec: OutputSpec, number: int, *, is_after: bool, is_sleep: bool, log: Path) -> bool:
-    """One interrupted run and the run after it; False where there is no such step any more."""
-    is_local = "://" not in spec.path
-    other = spec.model_copy(update={"rows_per_file": NEXT_ROWS_PER_FILE})
+@dataclass(frozen=True)
+class Attempt:
+    """One interrupted run at a time, and the run after it."""
 
-    def first() -> None:
-        if is_sleep:
-            # Seen from another machine: the pid tells the other run nothing.
-            socket.gethostname = lambda: "elsewhere"
-        act = signal.SIGSTOP if is_sleep else signal.SIGKILL
-        Interruption(number, is_after=is_after, act=act).install(is_local=is_local)
-        run(spec, answered_log=log)
+    night: Night
+    is_after: bool
+    is_sleep: bool
+    log: Path
 
-    def second() -> None:
-        output = Output(spec.path, spec.storage)
-        check_table(output)
-        run(other, answered_log=log)
-        check_table(output, has_all=True, is_tidy=True)
+    def at(self, number: int, spec: OutputSpec) -> bool:
+        """Interrupt at this step; False where there is no such step any more."""
+        is_local = "://" not in spec.path
+        other = spec.model_copy(update={"rows_per_file": NEXT_ROWS_PER_FILE})
+        output = functools.partial(Output, spec.path, spec.storage)
 
-    def last() -> None:
-        # What it still published is no row of the table; what it staged, the next run removes.
-        output = Output(spec.path, spec.storage)
-        check_table(output, has_all=True)
-        run(spec, answered_log=log)
-        check_table(output, has_all=True, is_tidy=True)
+        def first() -> None:
+            if self.is_sleep:
+                # Seen from another machine: the pid tells the other run nothing.
+                socket.gethostname = lambda: "elsewhere"
+            act = signal.SIGSTOP if self.is_sleep else signal.SIGKILL
+            Interruption(number, is_after=self.is_after, act=act).install(is_local=is_local)
+            run(spec, self.night, answered_log=self.log)
 
-    pid = forked(first)
-    if is_sleep:
-        _, status = os.waitpid(pid, os.WUNTRACED)
-        is_there = os.WIFSTOPPED(status)
-    else:
-        is_there = ended(pid) == -signal.SIGKILL
-    assert ended(forked(second)) == 0, f"step {number}: the run after it"
-    if is_there and is_sleep:
-        os.kill(pid, signal.SIGCONT)
-        assert ended(pid) in (0, HELD), f"step {number}: the run that woke up"
-        assert ended(forked(last)) == 0, f"step {number}: the table after it woke up"
-    return is_there
+        def second() -> None:
+            check_table(output(), self.night)
+            run(other, self.night, answered_log=self.log)
+            check_table(output(), self.night, has_all=True, is_tidy=True)
+
+        def last() -> None:
+            # What it still published is no row of the table; what it staged, the next run removes.
+            check_table(output(), self.night, has_all=True)
+            run(spec, self.night, answered_log=self.log)
+            check_table(output(), self.night, has_all=True, is_tidy=True)
+
+        if self.night is not FIRST:
+            before = functools.partial(run, spec, FIRST, answered_log=self.log)
+            assert ended(forked(before)) == 0
+        self.log.write_text("")
+        pid = forked(first)
+        if self.is_sleep:
+            _, status = os.waitpid(pid, os.WUNTRACED)
+            is_there = os.WIFSTOPPED(status)
+        else:
+            is_there = ended(pid) == -signal.SIGKILL
+        assert ended(forked(second)) == 0, f"step {number}: the run after it"
+        if is_there and self.is_sleep:
+            os.kill(pid, signal.SIGCONT)
+            assert ended(pid) in (0, HELD), f"step {number}: the run that woke up"
+            assert ended(forked(last)) == 0, f"step {number}: the table after it woke up"
+        return is_there
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
     parser.add_argument("--act", choices=["kill", "sleep"], required=True)
+    parser.add_argument("--night", choices=list(NIGHTS), default="first")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--endpoint", default=None)
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
     is_sleep = args.act == "sleep"
-    once = sum(length + 1 for length in LENGTHS.values())
+    night = NIGHTS[args.night]
     attempts, most_again = 0, 0
     for is_after in (False, True):
+        attempt = Attempt(night, is_after, is_sleep, args.log)
         for number in itertools.count(1, args.every):
             spec = OutputSpec(
                 path=f"{args.path}/{'after' if is_after else 'before'}-{number}",
@@ -228,12 +269,10 @@ def main() -> None:
                 lease_timeout_s=0.3 if is_sleep else 60,
                 storage=StorageSpec(endpoint_url=args.endpoint),
             )
-            args.log.write_text("")
-            is_there = attempt(spec, number, is_after=is_after, is_sleep=is_sleep, log=args.log)
-            if not is_there:
+            if not attempt.at(number, spec):
                 break
             attempts += 1
-            most_again = max(most_again, len(args.log.read_text().split()) - once)
+            most_again = max(most_again, len(args.log.read_text().split()) - night.new)
     found = {"act": args.act, "attempts": attempts, "most_rows_again": most_again}
     sys.stdout.write(json.dumps(found) + "\n")
 

@@ -7,6 +7,7 @@ have to be none. `tests/test_kills.py` runs the same scenarios at lower counts.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -314,16 +315,17 @@ def resumes(folder: Path, *, shards: int, repeats: int = 3) -> Figures:
 def steps(folder: Path, *, server: S3Server | None = None) -> Figures:
     """End and overtake runs at every step of the commit; see `commit_steps.py`."""
     figures: Figures = {"faults": []}
-    for act in ("kill", "sleep"):
-        path = server.url(f"steps-{act}") if server else str(folder / act)
+    for night, act in itertools.product(("first", "changed"), ("kill", "sleep")):
+        name = f"{night}-{act}"
+        path = server.url(f"steps-{name}") if server else str(folder / name)
         command = [sys.executable, "-m", "tests.commit_steps", path, "--act", act]
-        command += ["--log", str(folder / "log")]
+        command += ["--night", night, "--log", str(folder / "log")]
         command += ["--endpoint", server.endpoint_url] if server else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             figures["faults"].append(done.stderr[-2000:])
         else:
-            figures[act] = json.loads(done.stdout)
+            figures[name] = json.loads(done.stdout)
     return figures
 
 

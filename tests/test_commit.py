@@ -4,6 +4,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from pipeline.ledger import LEDGER, UNRECORDED_PARTS
 from pipeline.parts import PartInfo, read_info
 from pipeline.sources.base import Shard
 from pipeline.storage import Output
+from pipeline.versions import OnChange
 from pipeline.write import write_part
 from schemas.errors import JobError, OutputHeld, SpecError
 from schemas.job import OutputSpec, StorageSpec
@@ -35,17 +37,18 @@ class Run:
         self,
         path: object,
         *,
-        rows_per_file: int = 4,
         fingerprint: Fingerprint = FINGERPRINT,
         shards: Sequence[Shard] = SHARDS,
-        storage: StorageSpec = STORAGE,
+        on_change: OnChange = "replace",
+        **output: Any,
     ) -> None:
-        self.spec = OutputSpec(path=str(path), rows_per_file=rows_per_file, storage=storage)
+        self.spec = OutputSpec(path=str(path), **{"rows_per_file": 4, **output})
         self.fingerprint = fingerprint
         self.table = AnswerTable(self.spec, keep={}, fingerprint=fingerprint)
         self.lease = FreeLease()
         self.table.recover(self.lease)
-        self.table.open(shards)
+        self.table.open(shards, on_change=on_change)
+        self.removed = self.table.remove_stale()
         self.output = self.table.output
 
     def stage(self, *rows: list[dict]) -> str:
@@ -215,7 +218,7 @@ def test_less_than_a_file_stays_staged_until_the_end(tmp_path: Path) -> None:
 
 
 def test_rows_lie_by_shard_and_row_and_then_as_asked(tmp_path: Path) -> None:
-    run = Run(tmp_path, rows_per_file=100, shards=[])
+    run = Run(tmp_path, rows_per_file=100, on_change="keep")
     run.write(row(1, ["z-own", "b-own"], units=["questions"]), row(0, uri="b.tar"))
     run.write(row(1, ["colour"]), row(0))
     run.write(row(1, ["caption"]))
@@ -419,10 +422,127 @@ def test_rows_are_read_only_where_a_question_is_added_beside_rows_own(tmp_path: 
         Run(tmp_path, fingerprint=with_question("shape"))
 
 
-def test_a_changed_shard_is_refused(tmp_path: Path) -> None:
-    Run(tmp_path).write(row(0))
-    with pytest.raises(SpecError, match=r"a.tar has changed .* was 'etag-1', is now 'etag-2'"):
-        Run(tmp_path, shards=[Shard("a.tar", "etag-2")])
+NEXT = [Shard("a.tar", "etag-2"), Shard("b.tar", IDENTITY)]
+OTHER = [Shard("a.tar", "etag-2"), Shard("b.tar", "etag-2")]
+
+
+def of(uri: str, *rows: list[dict], identity: str = IDENTITY) -> list[dict]:
+    """These rows, of this version of this shard."""
+    place = {"source_uri": uri, "shard_identity": identity}
+    return [{**each, **place} for group in rows for each in group]
+
+
+def answer_both(path: object, **options: object) -> Run:
+    """Two shards of three rows, in files that hold rows of both, and one row that is staged."""
+    run = Run(path, rows_per_file=4, shards=[Shard("a.tar", IDENTITY), NEXT[1]], **options)
+    run.write(of("a.tar", row(0), row(1)), of("b.tar", row(0), row(1)))
+    run.table.fold()
+    run.write(of("a.tar", row(2), end(3)), of("b.tar", row(2), end(3)))
+    return run
+
+
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_answers_to_a_shard_that_has_changed_leave_before_new_ones_appear(
+    tmp_path: Path, is_folded: bool
+) -> None:
+    run = answer_both(tmp_path)
+    if is_folded:
+        run.table.finish()
+    names = run.files("answers")
+    changed = Run(tmp_path, shards=NEXT)
+    assert changed.removed.rows == (3 if is_folded else 2)
+    assert changed.files("answers") == names
+    assert {uri for uri, _, _ in identities(tmp_path)} == {"b.tar"}
+    assert not changed.table.coverage.of("a.tar", "etag-2").units
+    changed.write(of("a.tar", row(0), end(1), identity="etag-2"))
+    changed.table.finish()
+    assert sorted(identities(tmp_path)) == [
+        ("a.tar", 0, "caption"),
+        *(("b.tar", index, "caption") for index in range(3)),
+    ]
+    assert changed.table.tally.rows == 4
+    again = Run(tmp_path, shards=NEXT)
+    assert again.removed.rows == 0
+    assert again.table.tally == changed.table.tally
+    assert again.table.coverage.of("a.tar", "etag-2").is_complete(["caption"])
+
+
+def test_answers_to_a_shard_that_is_gone_leave(tmp_path: Path) -> None:
+    answer_both(tmp_path).table.finish()
+    without = Run(tmp_path, shards=NEXT[1:])
+    without.table.finish()
+    assert {uri for uri, _, _ in identities(tmp_path)} == {"b.tar"}
+    assert without.table.tally.rows == 3
+
+
+def test_answers_are_kept_where_that_is_wanted(tmp_path: Path) -> None:
+    answer_both(tmp_path).table.finish()
+    before = {file: file.read_bytes() for file in tmp_path.glob("answers/*")}
+    for shards in (NEXT, NEXT[1:], NEXT[:1], [Shard("c.tar", IDENTITY)]):
+        run = Run(tmp_path, shards=shards, on_change="keep")
+        assert run.removed.rows == 0
+        run.table.finish()
+        for shard in shards:
+            done = run.table.versions.done(shard, run.table.coverage, units=["new"])
+            assert done.is_complete(["new"]) == (shard.uri == "a.tar")
+    assert {file: file.read_bytes() for file in tmp_path.glob("answers/*")} == before
+
+
+def test_what_was_not_complete_when_it_changed_is_not_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write(row(0))
+    run.table.finish()
+    changed = Run(tmp_path, shards=NEXT[:1], on_change="keep")
+    assert changed.removed.rows == 1
+    changed.write(of("a.tar", row(0), end(1), identity="etag-2"))
+    changed.table.finish()
+    assert changed.table.coverage.of("a.tar", "etag-2").is_complete(["caption"])
+
+
+def test_another_source_is_refused(tmp_path: Path) -> None:
+    run = answer_both(tmp_path)
+    run.table.finish()
+    with pytest.raises(SpecError) as error:
+        Run(tmp_path, shards=[Shard("c.tar", IDENTITY)])
+    assert str(error.value) == (
+        f"{tmp_path} has answers about 2 shards, none of which is in source.path any more; the "
+        "first was a.tar. Give another output.path, or set source.on_change to keep"
+    )
+
+
+def test_a_part_that_lost_all_its_rows_stays_as_a_name_until_the_next_change(
+    tmp_path: Path,
+) -> None:
+    """Its name is taken: whoever was about to publish it finds it there, however late."""
+    run = Run(tmp_path, shards=[Shard("a.tar", IDENTITY), NEXT[1]])
+    run.write(of("b.tar", row(0), end(1)))
+    run.table.finish()
+    b = run.files("answers")
+    run.write(of("a.tar", row(0), end(1)))
+    run.table.finish()
+    changed = Run(tmp_path, shards=NEXT)
+    assert changed.files("answers") == run.files("answers")
+    assert len(identities(tmp_path)) == 1
+    changed.write(of("a.tar", row(0), end(1), identity="etag-2"))
+    changed.table.finish()
+    last = Run(tmp_path, shards=NEXT[1:])
+    assert len(last.files("answers")) == 2
+    assert set(b) < set(last.files("answers"))
+    last.table.finish()
+    assert identities(tmp_path) == [("b.tar", 0, "caption")]
+
+
+def test_a_part_that_somebody_else_changes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    answer_both(tmp_path).table.finish()
+    spec = OutputSpec(path=str(tmp_path))
+    table = AnswerTable(spec, keep={}, fingerprint=FINGERPRINT)
+    lease = FreeLease()
+    table.recover(lease)
+    table.open(NEXT)
+    lease.check = lambda: Run(tmp_path, shards=OTHER) and None
+    with pytest.raises(JobError, match=r"answers/part-.* was changed while this run was about"):
+        table.remove_stale()
+    assert identities(tmp_path) == []
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

@@ -15,11 +15,10 @@ from tests.whole_jobs import REPOSITORY
 pytestmark = pytest.mark.slow
 
 
-def attempts(path: object, tmp_path: Path, *, act: str, every: int, endpoint: str = "") -> int:
+def attempts(path: object, log: Path, *options: object) -> int:
     """How many interrupted runs there were, none of which lost, doubled or redid anything."""
-    command = [sys.executable, "-m", "tests.commit_steps", str(path)]
-    command += ["--act", act, "--every", str(every), "--log", str(tmp_path / "log")]
-    command += ["--endpoint", endpoint] if endpoint else []
+    command = [sys.executable, "-m", "tests.commit_steps", str(path), "--log", str(log / "log")]
+    command += map(str, options)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -27,12 +26,22 @@ def attempts(path: object, tmp_path: Path, *, act: str, every: int, endpoint: st
     return found["attempts"]
 
 
-@pytest.mark.parametrize(("act", "every"), [("kill", 4), ("sleep", 9)])
-def test_on_a_local_disk(tmp_path: Path, act: str, every: int) -> None:
-    assert attempts(tmp_path / "out", tmp_path, act=act, every=every) > 80 // every
+@pytest.mark.parametrize(
+    ("night", "act", "every"),
+    [("first", "kill", 4), ("first", "sleep", 9), ("changed", "kill", 6), ("changed", "sleep", 12)],
+)
+def test_on_a_local_disk(tmp_path: Path, night: str, act: str, every: int) -> None:
+    options = ("--night", night, "--act", act, "--every", every)
+    assert attempts(tmp_path / "out", tmp_path, *options) > 80 // every
 
 
-@pytest.mark.parametrize(("act", "every"), [("kill", 18), ("sleep", 36)])
-def test_on_an_object_store(s3_server: S3Server, tmp_path: Path, act: str, every: int) -> None:
+@pytest.mark.parametrize(
+    ("night", "act", "every"),
+    [("first", "kill", 18), ("first", "sleep", 36), ("changed", "kill", 18)],
+)
+def test_on_an_object_store(
+    s3_server: S3Server, tmp_path: Path, night: str, act: str, every: int
+) -> None:
     url, endpoint = s3_server.url(uuid.uuid4().hex), s3_server.endpoint_url
-    assert attempts(url, tmp_path, act=act, every=every, endpoint=endpoint) > 50 // every
+    options = ("--night", night, "--act", act, "--every", every, "--endpoint", endpoint)
+    assert attempts(url, tmp_path, *options) > 50 // every

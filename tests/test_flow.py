@@ -17,6 +17,7 @@ from pipeline.footer import Footer
 from pipeline.parts import read_info
 from pipeline.resources import resolve_resources
 from pipeline.storage import Output
+from pipeline.versions import ALL_STAND
 from schemas.job import JobSpec, OutputSpec, StorageSpec
 from tests.answered import FINGERPRINT, answered, row
 from tests.watch import wait_until
@@ -54,7 +55,7 @@ def steps_of(job: JobSpec, *, stop: threading.Event | None = None) -> Any:
         fingerprint=planned.fingerprint,
         resources=resolve_resources(job.resources, ray.cluster_resources()),
     )
-    work = planned.work(Coverage())
+    work = planned.work(Coverage(), ALL_STAND)
     return flow.answer(run, work, stop=stop or threading.Event(), say=print)
 
 

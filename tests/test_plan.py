@@ -12,6 +12,7 @@ from jobs.plan import Plan
 from pipeline.coverage import Coverage
 from pipeline.flow import read_tasks
 from pipeline.sources import open_source
+from pipeline.versions import ALL_STAND
 from pipeline.write import coverage_of
 from schemas.job import JobSpec
 from tests.answered import FINGERPRINT
@@ -80,7 +81,7 @@ def read(plan: Plan, coverage: Coverage) -> list[tuple[str, int]]:
     """The places of the rows that one pass reads, all of which are answered then."""
     rows: list[dict[str, Any]] = []
     limit = plan.job.source.limit
-    for task in read_tasks(plan.work(coverage), limit=limit):
+    for task in read_tasks(plan.work(coverage, ALL_STAND), limit=limit):
         for table in tables_read(plan.job, task.work, limit=task.limit):
             rows += unfolded(table)
     answered = [{"units": (), **row, "row_answers": 1, "question_id": "a"} for row in rows]
@@ -99,7 +100,7 @@ def test_the_first_rows_are_read_and_then_there_is_nothing_to_do(job: JobSpec, l
     coverage = Coverage()
     plan = planned(job, limit=limit)
     assert sorted(read(plan, coverage)) == all_places(job)[:limit]
-    assert plan.work(coverage) == []
+    assert plan.work(coverage, ALL_STAND) == []
 
 
 @pytest.mark.parametrize("limits", [(2, 9, None), (9, 2, None), (1, 2, 3, 4, 5, 13), (None, 3)])
@@ -119,7 +120,7 @@ def test_a_question_added_later_is_asked_of_the_first_rows(job: JobSpec) -> None
     more = job.model_copy(update={"ask": (*job.ask, job.ask[0].model_copy(update={"id": "new"}))})
     plan = planned(more, limit=6)
     assert sorted(read(plan, coverage)) == all_places(job)[:6]
-    assert plan.work(coverage) == []
+    assert plan.work(coverage, ALL_STAND) == []
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, ROWS), (5, 5), (100, ROWS)])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import threading
 import time
@@ -130,6 +131,17 @@ def full_from_the_start_of_answers(output: Path, *, for_s: float | None) -> Iter
     ballast.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def unreadable(shard: Path) -> Iterator[None]:
+    """The same file to whoever lists it, and nothing but zeros to whoever opens it."""
+    data, stat = shard.read_bytes(), shard.stat()
+    shard.write_bytes(bytes(len(data)))
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    yield
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 @pytest.mark.usefixtures("ray_session")
 class TestOnTwoCores:
     def test_every_question_is_answered_right(self, finished: Finished) -> None:
@@ -187,6 +199,30 @@ class TestOnTwoCores:
         job = finished.copy(tmp_path).model_copy(update={"ask": (changed,)})
         with pytest.raises(SpecError, match=r"question 'shape': was .*, is now"):
             run(job)
+
+    def test_a_source_that_has_changed_is_followed_and_what_is_unchanged_not_opened(
+        self, tmp_path: Path
+    ) -> None:
+        shards = tmp_path / "in"
+        write_shapes(shards, shards=3, images=2)
+        run(job_of(shards, tmp_path / "out"))
+        same, changed, gone = (shards / f"shapes-00{number}.tar" for number in range(3))
+        before = [r for r in answers(tmp_path / "out") if r["source_uri"] == str(same)]
+        gone.rename(shards / "moved.tar")
+        write_shapes(tmp_path / "other", shards=1, images=3)
+        (tmp_path / "other/shapes-000.tar").rename(changed)
+        added = AskPrompt(id="added", prompt="what color is the shape?")
+        job = job_of(shards, tmp_path / "out")
+        with unreadable(same):
+            result, said = run(job)
+        assert "8 answers are removed, about shards that have changed since or are gone" in said
+        assert result.record["new"] == {"ok": 10, "failed": 0, "skipped": 0}
+        assert result.record["removed"] == {"ok": 8, "failed": 0, "skipped": 0}
+        assert [r for r in answers(tmp_path / "out") if r["source_uri"] == str(same)] == before
+        assert verify(job).ok
+        with_added = job.model_copy(update={"ask": (*job.ask, added)})
+        assert run(with_added)[0].record["new"] == {"ok": 7, "failed": 0, "skipped": 0}
+        assert verify(with_added).ok
 
     def test_a_trial_of_the_first_rows_is_the_start_of_the_run(self, tmp_path: Path) -> None:
         write_shapes(tmp_path / "in", shards=3, images=4)

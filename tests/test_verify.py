@@ -83,7 +83,7 @@ def answer(job: JobSpec, groups: list[Rows]) -> AnswerTable:
     identity = {shard.uri: shard.identity for shard in open_source(job.source).list()}
     table = AnswerTable(job.output, keep={}, fingerprint=FINGERPRINT)
     table.recover(FreeLease())
-    table.open([])
+    table.open([], on_change="keep")
     for rows in groups:
         part = answered(
             {**r, "shard_identity": identity.get(r["source_uri"], r["shard_identity"])}
@@ -294,6 +294,61 @@ def test_answers_to_another_version_of_a_shard_are_found(job: JobSpec) -> None:
     assert report.missing.count == report.unexpected.count == 0
     reason = f"answers another version of {shard.uri}: was {shard.identity!r}, is now {now!r}"
     assert {fault.reason for fault in report.faults} == {reason}
+
+
+def kept(job: JobSpec) -> JobSpec:
+    return job.model_copy(update={"source": job.source.model_copy(update={"on_change": "keep"})})
+
+
+def test_answers_that_are_kept_are_held_against_their_footers(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    a, b = (Path(shard.uri) for shard in open_source(job.source).list())
+    os.utime(a, (1, 1))
+    b.unlink()
+    assert not verify(job).ok
+    report = verify(kept(job))
+    assert report.ok
+    assert report.inputs == 11
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [((0, "caption"), "caption"), ((0, "q1"), None), ((1, None), None), ((3, None), "caption")],
+)
+def test_a_kept_answer_that_is_lost_is_found(
+    job: JobSpec, lost: tuple[int, str | None], named: str | None
+) -> None:
+    """Of a row's own questions, nobody knows any more how many there were."""
+    answer(job, answer_rows(job))
+    a = Path(open_source(job.source).list()[0].uri)
+    os.utime(a, (1, 1))
+    gone = [lost] if lost != (0, "q1") else [lost, (0, "q2")]
+    for part in parts(job):
+        rewrite(
+            part,
+            lambda table: table.filter(
+                pa.array(
+                    [
+                        (r["source_uri"], (r["source_index"], r["question_id"]))
+                        not in [(str(a), each) for each in gone]
+                        for r in table.to_pylist()
+                    ],
+                    pa.bool_(),
+                )
+            ),
+        )
+    report = verify(kept(job))
+    found = {(e["source_index"], e["question_id"]) for e in report.missing.examples}
+    assert (lost[0], named) in found
+
+
+def test_a_kept_answer_that_is_doubled_is_found(job: JobSpec) -> None:
+    answer(job, answer_rows(job))
+    for shard in open_source(job.source).list():
+        os.utime(shard.uri, (1, 1))
+    rows = pq.read_metadata(parts(job)[0]).num_rows
+    shutil.copy(parts(job)[0], parts(job)[0].with_name("part-copy.parquet"))
+    assert verify(kept(job)).doubled.count == rows
 
 
 def test_an_output_that_cannot_be_read_is_a_spec_error(job: JobSpec, tmp_path: Path) -> None:
