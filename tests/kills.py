@@ -1,8 +1,8 @@
 """Runs that are counted, slowed down, and whose workers die where they are told to.
 
 Every worker of Ray calls `prepare_worker` before anything else, which does what the `Orders` in the
-environment say. The log has a line for each answer that the engine was handed, gave and that became
-durable; each is written at once, so that a kill loses none.
+environment say. The log has a line for each shard that is opened, and for each answer that the
+engine was handed, gave and that became durable; each is written at once, so that a kill loses none.
 """
 
 import functools
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 ORDERS = "LAVAFLOW_TEST_ORDERS"
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 """What Ray makes of `runtime_env["worker_process_setup_hook"]`."""
-EVENTS = ("begun", "answered", "durable")
+EVENTS = ("opened", "begun", "answered", "durable")
 PLACE = ("source_uri", "source_index", "question_id")
 
 Identity = tuple[str, int, str | None]
@@ -116,9 +116,11 @@ def prepare_worker() -> None:
 
     # What is pickled by its name has to keep it.
     @functools.wraps(read)
-    def mortal_read(*args: Any, **kwargs: Any) -> Any:
+    def mortal_read(job: Any, task: Any, **kwargs: Any) -> Any:
         orders.die_if_due("read")
-        return read(*args, **kwargs)
+        left = [item.shard for item in task.work if not item.done.is_complete(job.units)]
+        _log(orders, "opened", [(shard.uri, 0, None) for shard in left])
+        return read(job, task, **kwargs)
 
     def mortal_encode(stage: Any, batch: pa.Table) -> pa.Table:
         orders.die_if_due("encode")

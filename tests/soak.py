@@ -27,6 +27,7 @@ from tests.complete import audited, resumed
 from tests.costs import Life, costs_of, longest_until_durable_s
 from tests.fuzzed import fuzzed
 from tests.kills import Death, Line, read_log
+from tests.nights import added_question, nights
 from tests.processes import LiveRun, kill, title_of, workers_of
 from tests.proxy import Proxy
 from tests.s3 import S3Server, serve
@@ -315,7 +316,7 @@ def resumes(folder: Path, *, shards: int, repeats: int = 3) -> Figures:
 def steps(folder: Path, *, server: S3Server | None = None) -> Figures:
     """End and overtake runs at every step of the commit; see `commit_steps.py`."""
     figures: Figures = {"faults": []}
-    for night, act in itertools.product(("first", "changed"), ("kill", "sleep")):
+    for night, act in itertools.product(("first", "changed", "retried"), ("kill", "sleep")):
         name = f"{night}-{act}"
         path = server.url(f"steps-{name}") if server else str(folder / name)
         command = [sys.executable, "-m", "tests.commit_steps", path, "--act", act]
@@ -348,6 +349,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Figures]] = {
     "steps": lambda folder, seed: steps(folder),
     "steps-s3": lambda folder, seed: with_server(steps, folder),
     "resumes": lambda folder, seed: resumes(folder, shards=10_000),
+    "nights": lambda folder, seed: nights(folder, nights=10, images=20, row_s=0.03, seed=seed),
+    "added-question": lambda folder, seed: added_question(folder, images=100_000),
     "memory": lambda folder, seed: tiny_images(folder, shards=100, images=1000),
     "gigapixels": lambda folder, seed: gigapixels(folder, shards=3),
     "fuzz": lambda folder, seed: fuzzed(seconds=FUZZ_S, seed=seed),

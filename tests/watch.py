@@ -26,11 +26,14 @@ class Watch:
     A poll opens `answers/` with pyarrow.dataset. No answer may be there twice or have gone since
     the poll before, no file may have other columns than the first, and none, in `staging/` neither,
     may be less than a whole Parquet file. `can_fail`: a store that does not answer is no fault.
+    `may_change`: files of the table are written again; then answers may go, and who has seen the
+    end of a file and not its rows opens it again.
     """
 
     fs: fsspec.AbstractFileSystem
     root: str
     can_fail: bool = False
+    may_change: bool = False
     polls: int = 0
     files: int = 0
     failed_polls: int = 0
@@ -42,13 +45,15 @@ class Watch:
         self._whole: set[tuple[str, Any]] = set()
 
     def poll(self) -> None:
-        try:
-            self._look_at_files()
-            self._look_at_table()
-        except store_errors() as error:
-            self.failed_polls += 1
-            if not self.can_fail:
-                self._note(f"a poll failed: {error!r}")
+        for is_last in (False, True) if self.may_change else (True,):
+            try:
+                self._look_at_files()
+                self._look_at_table()
+                return
+            except store_errors() as error:
+                self.failed_polls += 1
+                if is_last and not self.can_fail:
+                    self._note(f"a poll failed: {error!r}")
 
     def _note(self, fault: str) -> None:
         if fault not in self.faults:
@@ -97,7 +102,7 @@ class Watch:
         rows = list(zip(*columns, strict=True))
         if len(rows) != len(set(rows)):
             self._note(f"{len(rows) - len(set(rows))} answers are there twice")
-        if gone := self._rows - set(rows):
+        if (gone := self._rows - set(rows)) and not self.may_change:
             self._note(f"{len(gone)} answers have gone, one is {min(gone, key=str)}")
         self._rows = set(rows)
 
