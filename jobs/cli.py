@@ -16,6 +16,7 @@ from jobs.doctor_command import doctor
 from jobs.exits import Status, StatusGroup, print_result
 
 if TYPE_CHECKING:
+    from jobs.run import Retry
     from schemas.job import JobSpec
 
 
@@ -152,15 +153,41 @@ def run(
 @click.pass_context
 def verify(ctx: click.Context, output: str, spec: str | None) -> None:
     """Check that every input has exactly one outcome; prints JSON."""
-    from jobs.load import load_spec
-    from jobs.records import recorded_spec, with_output
+    from jobs.records import job_of_output
     from jobs.verify import verify as verify_job
 
-    job = with_output(load_spec(spec), output) if spec else recorded_spec(output)
-    report = verify_job(job)
+    report = verify_job(job_of_output(output, spec=spec))
     print_result(json.dumps(report.to_json(), indent=2))
     if not report.ok:
         ctx.exit(Status.FAILED)
+
+
+@main.command()
+@click.argument("output", metavar="DST")
+@click.option(
+    "--class",
+    "classes",
+    metavar="NAME",
+    multiple=True,
+    help="Only rows that failed so, as error_class says it; repeatable.  [default: all]",
+)
+@click.option("--spec", help="Spec file of the job.  [default: the newest run's]")
+@_set
+@_address
+@_json
+def retry(
+    output: str,
+    classes: tuple[str, ...],
+    spec: str | None,
+    overrides: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Answer the failed rows of a table again, and put what comes in their place."""
+    from jobs.records import job_of_output
+    from jobs.run import Retry
+
+    job = job_of_output(output, spec=spec, overrides=overrides)
+    _run(job, retry=Retry(classes), **options)
 
 
 @main.command()
@@ -369,6 +396,7 @@ def _run(
     *,
     address: str | None,
     as_json: bool,
+    retry: "Retry | None" = None,
     closing: Callable[["JobSpec"], str] | None = None,
 ) -> None:
     """Run the job, print what came of it, exit with 3 where too many rows failed."""
@@ -377,7 +405,7 @@ def _run(
     from jobs.records import summary
     from jobs.run import run_job
 
-    result = run_job(job, address=address, console=Console(stderr=True))
+    result = run_job(job, address=address, console=Console(stderr=True), retry=retry)
     if as_json:
         print_result(json.dumps(result.record, indent=2))
     else:

@@ -14,16 +14,30 @@ Other keys may stand beside these.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.load import absolute, build_spec
+from jobs.load import absolute, build_spec, load_spec
 from jobs.progress import duration
 from schemas.ask import Ask
 from schemas.errors import SpecError
 from schemas.job import JobSpec, StorageSpec
 
 RUNS = "runs"
+
+
+def job_of_output(output: str, *, spec: str | None, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job whose answers are in `output`: of a spec file, else as the run records tell it.
+
+    `overrides`: as in `load.build_spec`.
+    """
+    if spec:
+        return with_output(load_spec(spec, overrides), output)
+    job = recorded_spec(output)
+    if not overrides:
+        return job
+    data = job.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return with_output(build_spec(data, overrides, origin=f"{output}, --set"), output)
 
 
 def recorded_spec(output: str) -> JobSpec:

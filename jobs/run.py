@@ -55,19 +55,28 @@ class RunResult:
     too_many_failed: bool
 
 
-def run_job(job: JobSpec, *, address: str | None, console: Console) -> RunResult:
-    """Answer everything that the job asks and its output does not hold yet.
+@dataclass(frozen=True)
+class Retry:
+    """What a run does that answers failed rows again: those of these classes, or all."""
+
+    classes: tuple[str, ...] = ()
+
+
+def run_job(
+    job: JobSpec, *, address: str | None, console: Console, retry: Retry | None = None
+) -> RunResult:
+    """Answer everything that the job asks and its output does not hold yet; or what has failed.
 
     Raises SpecError before anything is answered, OutputHeld where another run holds the output,
     JobError where the job cannot go on. Stopped by a signal, it raises KeyboardInterrupt or
     Terminated when what was in flight is durable.
     """
     planned = plan(job)
-    run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s))
+    run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s), retry)
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
         run.table.recover(lease)
         run.table.open(planned.shards, on_change=job.source.on_change)
-        run.remove_stale()
+        run.begin()
         return run.to_its_end(lease, address)
 
 
@@ -79,6 +88,7 @@ class _Run:
     table: AnswerTable
     console: Console
     stop: Stop
+    retry: Retry | None = None
     run_id: str = field(default_factory=lambda: new_run_id())
     started_at: datetime.datetime = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)
@@ -90,6 +100,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
+        self._durable = 0
         self._tolerance = Tolerance(self.plan.job.max_failed_fraction, self.plan.most_answers)
         # A large file is listed in pieces.
         self._shards = len({shard.uri for shard in self.plan.shards})
@@ -98,8 +109,15 @@ class _Run:
         timeout_s = self.plan.job.output.lease_timeout_s
         return hold(self.table.output, run_id=self.run_id, timeout_s=timeout_s, say=self._say)
 
-    def remove_stale(self) -> None:
+    def begin(self) -> None:
+        """Bring the table to where the work begins: what is stale is gone, or all is folded."""
+        self.tally_before = self.table.tally
+        if self.retry:
+            self.table.finish()
+            return
+        self.table.replace_failed()
         self.removed = self.table.remove_stale()
+        self.tally_before = self.table.tally
         if self.removed.rows:
             self._say(
                 f"{self.removed.rows:,} answers are removed, about shards that have changed since "
@@ -108,7 +126,6 @@ class _Run:
 
     def to_its_end(self, lease: Lease, address: str | None) -> RunResult:
         """Answer, fold and record; the table is open."""
-        self.tally_before = self.table.tally
         try:
             with store_failures_as_job_errors(self.table.output):
                 if work := self._work():
@@ -127,6 +144,13 @@ class _Run:
         )
 
     def _work(self) -> list[ShardWork]:
+        if self.retry:
+            failed = self.table.failed(classes=self.retry.classes, but_run=self.run_id)
+            return [
+                ShardWork(shard, again.done, again.own)
+                for shard in self.plan.shards
+                if (again := failed.get(shard.uri)) and again.done.identity == shard.identity
+            ]
         return self.plan.work(self.table.coverage, self.table.versions)
 
     def _answer(self, work: list[ShardWork], lease: Lease, address: str | None) -> list[ShardWork]:
@@ -149,26 +173,40 @@ class _Run:
         ):
             self.stop.listen()
             run = flow.Run(
-                job=self.plan.job,
+                job=self._job_to_read(),
                 keep=self.plan.keep,
                 run_id=self.run_id,
                 fingerprint=self.plan.fingerprint,
                 resources=self._resources(cluster, is_ours=not address),
+                again=self.retry is not None,
             )
             progress.start(self._shards, self._shards - left, most_answers=self._most_new())
             in_vain = 0
             while work and in_vain < MOST_PASSES and not self.stop.is_asked:
-                answered = self.table.tally.rows
+                answered = self._answered()
                 steps = flow.answer(run, work, stop=self.stop.asked, say=self._say)
                 with contextlib.closing(steps):
                     for step in steps:
                         self._take(step, lease, progress)
-                in_vain = in_vain + 1 if self.table.tally.rows == answered else 0
+                in_vain = in_vain + 1 if self._answered() == answered else 0
                 if work := self._work():
                     self._pause((in_vain + 1) * PAUSE_S)
         return work
 
+    def _job_to_read(self) -> JobSpec:
+        """A retry knows the rows that it wants: it need not count the first ones."""
+        job = self.plan.job
+        if self.retry is None:
+            return job
+        return job.model_copy(update={"source": job.source.model_copy(update={"limit": None})})
+
+    def _answered(self) -> int:
+        """Grows as long as a pass brings anything."""
+        return self._durable if self.retry else self.table.tally.rows
+
     def _told(self, left: int) -> str:
+        if self.retry:
+            return f"{left:,} shards with failed rows"
         limit = self.plan.job.source.limit
         if limit is not None:
             return f"The first {limit:,} rows of {self._shards:,} shards"
@@ -176,10 +214,10 @@ class _Run:
 
     def _most_new(self) -> int | None:
         most = self.plan.most_answers
-        return None if most is None else max(most - self.tally_before.rows, 0)
+        return None if most is None or self.retry else max(most - self.tally_before.rows, 0)
 
     def _end_early(self, work: Sequence[ShardWork]) -> NoReturn:
-        if self._tolerance.is_hopeless(self.table.tally):
+        if self._is_hopeless():
             self.table.finish()
             raise JobError(self._tolerance.told(self.table.tally))
         if self.stop.is_asked:
@@ -190,6 +228,9 @@ class _Run:
             f"{MOST_PASSES} passes in a row have brought nothing; see that the store can be "
             "reached and run the same command again: it goes on from here"
         )
+
+    def _is_hopeless(self) -> bool:
+        return self.retry is None and self._tolerance.is_hopeless(self.table.tally)
 
     def _resources(self, cluster: Mapping[str, float], *, is_ours: bool) -> Resources:
         """A machine cannot grow; a cluster may, so there a warning has to do."""
@@ -216,7 +257,7 @@ class _Run:
         progress.wait(step.waiting)
         if step.receipt.num_rows:
             self._commit(step.receipt, progress)
-            if self._tolerance.is_hopeless(self.table.tally):
+            if self._is_hopeless():
                 self.stop.asked.set()
 
     def _commit(self, receipt: pa.Table, progress: Progress) -> None:
@@ -231,6 +272,7 @@ class _Run:
             table.fold()
         done = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         counts = sum((part.tally for part in parts), Tally()).counts
+        self._durable += sum(counts.values())
         progress.advance(**counts, shards_done=done - done_before)
 
     def record(self, *, ended: str, patience_s: float | None = None) -> dict[str, Any]:
@@ -238,6 +280,7 @@ class _Run:
         tally, before = self.table.tally, self.tally_before
         elapsed_s = self._elapsed_s()
         new = {status: tally.counts[status] - before.counts[status] for status in STATUSES}
+        new["failed"] += self.table.swapped
         record = {
             "run_id": self.run_id,
             "job": self.plan.job.name,
@@ -251,6 +294,7 @@ class _Run:
             "counts": dict(tally.counts),
             "new": new,
             "removed": dict(self.removed.counts),
+            "retried": self.table.swapped,
             "failures": {name: found.to_json() for name, found in tally.failures.items()},
             "fingerprint": self.plan.fingerprint.to_json(),
             "resources": self.resources,

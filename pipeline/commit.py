@@ -10,15 +10,25 @@ Leftovers in `.tmp` are of publications that never happened, and harmless. Knows
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
-from operator import add
+from operator import add, or_
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.again import (
+    Missing,
+    each_place_once,
+    failed_rows,
+    missing_of,
+    not_covered,
+    places_of,
+    swaps_of,
+)
 from pipeline.compatibility import (
     added_questions,
     check_fingerprint,
@@ -41,6 +51,7 @@ from pipeline.parts import (
     read_part,
     tally_of,
 )
+from pipeline.revise import NO_ROWS, Revision
 from pipeline.sources.base import Shard
 from pipeline.storage import READERS, Output
 from pipeline.versions import ALL_STAND, OnChange, Versions
@@ -73,10 +84,13 @@ class AnswerTable:
         self._fingerprint = fingerprint
         self._ledger = Ledger(self._schema)
         self._staged: dict[str, Share] = {}
+        self._again: dict[str, Footer] = {}
         self._covered: set[str] = set()
         self.versions = ALL_STAND
         self.coverage = Coverage()
         """What is answered, folded or staged; grows as parts are committed."""
+        self.swapped = 0
+        """Failed rows that have given way to other answers."""
 
     def recover(self, lease: Holder) -> None:
         """Become the one that writes: finish what a run that is no more has left open.
@@ -111,33 +125,67 @@ class AnswerTable:
             check_own_ids(self.output, [*self._ledger.names, *self._staged], added=added)
 
     def remove_stale(self) -> Tally:
-        """Take out of the table what does not stand any more; the tally of what that was.
-
-        Each part that holds such answers is written again under its name, without them. Killed in
-        between, it leaves the rest to the next run.
-        """
+        """Take out of the table what does not stand any more; the tally of what that was."""
         before = self._ledger.tally
         if all(map(self.versions.stand, self._ledger.coverage)):
             return Tally()
-        there = self.output.identities(ANSWERS, suffix=SUFFIX)
-        ledger = Ledger(self._schema)
-        for part in self._read_infos(self._ledger.names):
-            if part.footer.shards:
-                ledger.add(part.name, self._without_stale(part, was=there[part.name]))
-            else:
-                # What an earlier run has left of a part, so that nobody else could take its name.
-                self.output.remove(part.name)
-        self._ledger = ledger
-        return before - ledger.tally
+        revision = self._revision()
+        revision.keep_only(self.versions.stand)
+        self._ledger = Ledger.of(self._schema, revision.footers)
+        return before - self._ledger.tally
 
-    def _without_stale(self, part: PartInfo, *, was: str) -> Footer:
-        standing = self.versions.standing(part.footer.shards)
-        if standing == part.footer.shards:
-            return part.footer
-        answers = rows_of(read_part(self.output, part.name), standing)
-        footer = replace(part.footer, shards=standing, tally=tally_of(answers))
-        self._rewrite(part.name, answers, footer, was=was)
-        return footer
+    def failed(self, *, classes: Collection[str] = (), but_run: str = "") -> dict[str, Missing]:
+        """What failed rows of these classes, or of all, would need to be answered again, by shard.
+
+        Left out is what `but_run` has answered itself, and what is staged to take their place.
+        """
+        staged = Coverage(shard for footer in self._again.values() for shard in footer.shards)
+        revision = self._revision()
+        names = [name for name, f in revision.footers.items() if _has_failed(f.tally, classes)]
+
+        def select(rows: pa.Table) -> pa.Table:
+            failed = failed_rows(rows, classes=classes, but_run=but_run)
+            return not_covered(failed, staged)
+
+        failed = revision.rows_in(names, select)
+        nulls = places_of(failed.filter(pc.is_null(failed["question_id"])))
+        there = revision.rows_at(nulls, covered=self._ledger.coverage) if nulls else NO_ROWS
+        units = tuple(self._fingerprint.questions)
+        return missing_of(failed, there, covered=self._ledger.coverage, units=units)
+
+    def replace_failed(self) -> None:
+        """Put what is staged to take the place of failed rows there; whoever has staged it.
+
+        Killed in between, it leaves the rest to the next run.
+        """
+        if not self._again:
+            return
+        parts = self._read_parts(self._again)
+        standing = [self.versions.standing(footer.shards) for footer in self._again.values()]
+        answers = each_place_once(map(rows_of, parts, standing))
+        covered = Coverage(shard for shards in standing for shard in shards)
+        new = Footer(
+            shards=tuple(covered),
+            fingerprint=reduce(or_, (footer.fingerprint for _, footer in parts)),
+            run_ids=tuple({run for _, footer in parts for run in footer.run_ids}),
+        )
+        revision = self._revision()
+        there = revision.rows_at(places_of(answers), covered=covered)
+        swaps = swaps_of(there, answers, covered=covered)
+        revision.swap(swaps, answers, new=new)
+        self.swapped += sum(map(len, swaps.values()))
+        self._ledger = Ledger.of(self._schema, revision.footers)
+        shares = (share for s in self._staged.values() for share in s.shards)
+        self.coverage = Coverage(self.versions.standing([*self._ledger.coverage, *shares]))
+        again, self._again = self._again, {}
+        for name, footer in again.items():
+            # Rows that nobody has answered yet: a shard has turned out to be longer.
+            self._stage(name, replace(footer, again=False))
+
+    def _revision(self) -> Revision:
+        there = self.output.identities(ANSWERS, suffix=SUFFIX)
+        parts = self._read_infos(self._ledger.names)
+        return Revision(self.output, parts, there=there, check=self._lease.check)
 
     @property
     def tally(self) -> Tally:
@@ -151,6 +199,8 @@ class AnswerTable:
 
     def fold(self) -> None:
         """Fold staged parts while they fill a file. Raises OutputHeld where the lease is lost."""
+        if sum(footer.tally.rows for footer in self._again.values()) >= self._rows_per_file:
+            self.replace_failed()
         while sum(share.tally.rows for share in self._staged.values()) >= self._rows_per_file:
             self._fold_file()
         self._remove_covered()
@@ -158,6 +208,7 @@ class AnswerTable:
     def finish(self) -> None:
         """Fold everything that is staged, whoever staged it; leaves staging empty."""
         self._read_staged()
+        self.replace_failed()
         while self._staged:
             self._fold_file()
         self.close()
@@ -182,7 +233,7 @@ class AnswerTable:
 
     def _read_staged_infos(self) -> list[PartInfo]:
         names = set(self.output.names(STAGING, suffix=SUFFIX))
-        return self._read_infos(names - self._staged.keys() - self._covered)
+        return self._read_infos(names - self._staged.keys() - self._again.keys() - self._covered)
 
     def _read_infos(self, names: set[str]) -> list[PartInfo]:
         with ThreadPoolExecutor(READERS) as pool:
@@ -202,7 +253,10 @@ class AnswerTable:
 
     def _stage(self, name: str, footer: Footer) -> None:
         """Take a staged part's share: what nothing that is known covers already."""
-        if name in self._staged:
+        if name in self._staged or name in self._again:
+            return
+        if footer.again:
+            self._again[name] = footer
             return
         standing = self.versions.standing(footer.shards)
         shards = added_coverage(standing, covered=self.coverage)
@@ -287,18 +341,6 @@ class AnswerTable:
                 )
         self._add_part(name, footer)
 
-    def _rewrite(self, name: str, answers: pa.Table, footer: Footer, *, was: str) -> None:
-        data = part_bytes(answers, footer)
-        if self.output.rewrite(name, data, was=was, check=self._lease.check):
-            return
-        # The first try of an upload that was tried again, or another run.
-        if name not in self.output.names(ANSWERS, suffix=SUFFIX) or self.output.read(name) != data:
-            self._lease.check()
-            raise JobError(
-                f"{self.output.uri}/{name} was changed while this run was about to replace it; see "
-                "that nothing else writes there and run the job again"
-            )
-
     def _write_ledger(self) -> None:
         self._ledger.write(self.output, there=self.output.identities(ANSWERS, suffix=SUFFIX))
 
@@ -323,6 +365,10 @@ class AnswerTable:
             return [read_part(self.output, name) for name in names]
         except FileNotFoundError:
             return None
+
+
+def _has_failed(tally: Tally, classes: Collection[str]) -> bool:
+    return bool(tally.failures.keys() & set(classes) if classes else tally.counts["failed"])
 
 
 def part_name(footer: Footer) -> str:

@@ -97,7 +97,7 @@ class ShardCoverage:
         return ShardCoverage(
             uri=self.uri,
             identity=self.identity,
-            rows_total=other.rows_total if self.rows_total is None else self.rows_total,
+            rows_total=longest(self.rows_total, other.rows_total),
             units={
                 name: self.units.get(name, Ranges()) | other.units.get(name, Ranges())
                 for name in names
@@ -136,6 +136,11 @@ class ShardCoverage:
             rows_total=data["rows_total"],
             units={n: Ranges.of((a, b) for a, b in r) for n, r in data["units"].items()},
         )
+
+
+def longest(*rows_totals: int | None) -> int | None:
+    """A shard that broke off once is longer than it seemed; it never has fewer rows."""
+    return max((total for total in rows_totals if total is not None), default=None)
 
 
 class Coverage:

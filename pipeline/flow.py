@@ -51,13 +51,14 @@ MOST_FAILURES_TOLD = 3
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages have to know of one run of a job."""
+    """What the stages have to know of one run of a job. `again`: it answers failed rows again."""
 
     job: JobSpec
     keep: Mapping[str, pa.DataType]
     run_id: str
     fingerprint: Fingerprint
     resources: Resources
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def answer(
     _quiet()
     _bound(run.resources.bytes_in_flight)
     gate = Gate()
-    gathered = Gathered(run.job.output, keep=run.keep, fingerprint=run.fingerprint, say=say)
+    gathered = Gathered(
+        run.job.output, keep=run.keep, fingerprint=run.fingerprint, again=run.again, say=say
+    )
     interval_s = run.job.output.commit_interval_s
     with _errors_of_the_job(), _Execution(_chain(run, work, gate)) as execution:
         while not execution.is_over:

@@ -12,7 +12,7 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.coverage import Coverage, Ranges, ShardCoverage
+from pipeline.coverage import Coverage, Ranges, ShardCoverage, longest
 from pipeline.footer import NULL_QUESTION, Footer, Tally
 from pipeline.parts import tally_of
 from schemas.ask import ROW_QUESTIONS
@@ -90,7 +90,7 @@ def fold_parts(parts: Sequence[Part], shares: Sequence[Shards]) -> Part:
     taken = Coverage(shard for shards in shares for shard in shards)
     fingerprint = reduce(lambda a, b: a | b, [footer.fingerprint for _, footer in parts])
     tables = [rows_of(part, shards) for part, shards in zip(parts, shares, strict=True)]
-    answers = _sorted(pa.concat_tables(tables), units=list(fingerprint.questions))
+    answers = in_order(pa.concat_tables(tables), units=list(fingerprint.questions))
     footer = Footer(
         shards=tuple(taken),
         fingerprint=fingerprint,
@@ -107,7 +107,9 @@ def _added(shard: ShardCoverage, known: ShardCoverage) -> ShardCoverage:
     units[NULL_QUESTION] = null & reduce(Ranges.__or__, units.values(), Ranges())
     return replace(
         shard,
-        rows_total=shard.rows_total if known.rows_total is None else None,
+        rows_total=None
+        if longest(shard.rows_total, known.rows_total) == known.rows_total
+        else shard.rows_total,
         units={unit: units[unit] for unit in shard.units if units[unit].pairs},
     )
 
@@ -122,7 +124,7 @@ def _telling(shards: Iterable[ShardCoverage]) -> Shards:
     return tuple(s for s in shards if s.units or s.rows_total is not None)
 
 
-def _sorted(answers: pa.Table, *, units: Sequence[str]) -> pa.Table:
+def in_order(answers: pa.Table, *, units: Sequence[str]) -> pa.Table:
     """By shard and row, then as asked; a stable sort: a row's own questions keep their order."""
     others = units.index(ROW_QUESTIONS) if ROW_QUESTIONS in units else len(units)
     asked = pc.index_in(answers["question_id"], value_set=pa.array(units, pa.string()))

@@ -137,17 +137,25 @@ TALLY_COLUMNS = ("source_uri", "source_index", "status", "error_class", "error_m
 
 @dataclass(frozen=True)
 class Footer:
-    """What one part covers, under which fingerprint, and what became of its rows."""
+    """What one part covers, under which fingerprint, and what became of its rows.
+
+    `again`: it is staged, and its rows take the place of failed ones (`again.py`).
+    """
 
     shards: tuple[ShardCoverage, ...]
     fingerprint: Fingerprint
     run_ids: tuple[str, ...] = ()
     tally: Tally = field(default_factory=Tally)
+    again: bool = False
 
     @property
     def key(self) -> str:
         """A name for what is covered: the same for whoever covers the same, whatever came out."""
-        covered = {"shards": self._shards_json(), "fingerprint": self.fingerprint.to_json()}
+        covered: dict[str, Any] = {
+            "shards": self._shards_json(),
+            "fingerprint": self.fingerprint.to_json(),
+            **({"again": True} if self.again else {}),
+        }
         return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
@@ -158,6 +166,7 @@ class Footer:
             "run_ids": list(self.run_ids),
             "counts": dict(self.tally.counts),
             "failures": {name: f.to_json() for name, f in self.tally.failures.items()},
+            **({"again": True} if self.again else {}),
         }
         return json.dumps(data, separators=(",", ":")).encode()
 
@@ -188,4 +197,5 @@ class Footer:
             fingerprint=Fingerprint.from_json(data["fingerprint"]),
             run_ids=tuple(data["run_ids"]),
             tally=Tally({name: data["counts"][name] for name in STATUSES}, failures),
+            again=data.get("again", False),
         )

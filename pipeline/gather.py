@@ -39,12 +39,18 @@ class Gathered:
         *,
         keep: Mapping[str, pa.DataType],
         fingerprint: Fingerprint,
+        again: bool = False,
         say: Callable[[str], None],
     ) -> None:
         self._rows_per_part = output.rows_per_file
         self._say = say
         self._write = ray.remote(num_cpus=0, max_retries=WRITE_RETRIES)(_write)
-        self._arguments = {"output": output, "keep": keep, "fingerprint": fingerprint}
+        self._arguments = {
+            "output": output,
+            "keep": keep,
+            "fingerprint": fingerprint,
+            "again": again,
+        }
         self._writing: dict[ray.ObjectRef, int] = {}
         self._empty()
 

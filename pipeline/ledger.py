@@ -40,6 +40,14 @@ class Ledger:
         self.fingerprint = Fingerprint({}, {})
         self._recorded = 0
 
+    @classmethod
+    def of(cls, schema: pa.Schema, footers: Mapping[str, Footer]) -> Self:
+        """Of these parts, whatever the file says of them."""
+        ledger = cls(schema)
+        for name, footer in footers.items():
+            ledger.add(name, footer)
+        return ledger
+
     def add(self, name: str, footer: Footer) -> None:
         """Take in one part more."""
         self.names.add(name)

@@ -4,8 +4,8 @@ Knows what is still to be answered of each shard, but neither formats (`sources/
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,10 +27,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ShardWork:
-    """A shard, and what is answered of it already."""
+    """A shard, and what is answered of it already.
+
+    `own`: rows that are asked these of their own questions only.
+    """
 
     shard: Shard
     done: ShardCoverage
+    own: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def _rows_of(
     # A shard of known length needs no row of its own to say where it ends.
     is_marked = False
     for samples in _by_image(_until_failure(reading, on_failure)):
-        lines = [_line(s, units=done.missing_units(s.index, units)) for s in samples]
+        asked = [_with_questions(s, item.own.get(s.index)) for s in samples]
+        lines = [_line(s, units=done.missing_units(s.index, units)) for s in asked]
         kept = {KEEP + name: [s.keep.get(name) for s in samples] for name in keep}
         yield {**place, "image": samples[0].image, "lines": lines, **kept}
         is_marked = shard.rows is not None
@@ -148,6 +153,12 @@ def _by_image(samples: Iterable[Sample]) -> Iterator[Sequence[Sample]]:
 
 def _hold_one_image(a: Sample, b: Sample) -> bool:
     return a.image is not None and a.image is b.image
+
+
+def _with_questions(sample: Sample, ids: Collection[str] | None) -> Sample:
+    if ids is None or sample.questions is None or isinstance(sample.questions, RowError):
+        return sample
+    return replace(sample, questions=tuple(q for q in sample.questions if q.id in ids))
 
 
 def _line(sample: Sample, *, units: Sequence[str]) -> Row:

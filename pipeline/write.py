@@ -40,11 +40,13 @@ def write_part(
     output: OutputSpec,
     keep: Mapping[str, pa.DataType],
     fingerprint: Fingerprint,
+    again: bool = False,
 ) -> pa.Table:
     """Stage a batch of `answered_schema(keep)` rows as one part; returns its one RECEIPT row.
 
-    A batch without rows gives no receipt. Raises JobError for a source row that is not whole, and
-    where the store has failed for `output.retry_s`.
+    `again`: they take the place of failed rows. A batch without rows gives no receipt. Raises
+    JobError for a source row that is not whole, and where the store has failed for
+    `output.retry_s`.
     """
     if not answered.num_rows:
         return RECEIPT.empty_table()
@@ -56,6 +58,7 @@ def write_part(
         fingerprint=fingerprint,
         run_ids=tuple(sorted(pc.unique(answers["run_id"]).drop_null().to_pylist())),
         tally=tally_of(answers),
+        again=again,
     )
     store = Output(output.path, output.storage, retry_s=output.retry_s)
     with store_failures_as_job_errors(store):

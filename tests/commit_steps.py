@@ -6,7 +6,8 @@ A step is one thing that the store is made to do: a link, a rename, a sync, a re
 `kill`: the run is ended by SIGKILL before or after the step, and another run follows. `sleep`: it
 is stopped there, another run takes the output over and completes it, then the first goes on.
 After each the table is compared with what it has to hold. Prints JSON; ends with 1 on a fault.
-`--night changed`: the output is complete, and the source is another one since.
+`--night changed`: the output is complete, and the source is another one since; `retried`: what
+failed in it is answered again.
 Real processes, forked from this one, which keeps clear of threads and stores.
 """
 
@@ -95,9 +96,28 @@ class Night:
                 yield [{**each, "shard_identity": version} for each in end(length, uri=uri)]
 
 
+class Retried(Night):
+    """Failed rows are answered again, each of which stands for all questions of its source row."""
+
+    @property
+    def expected(self) -> list[tuple[Any, ...]]:
+        good = [place for place in super().expected if place[1] % 3 != 1]
+        failed = (place for place in super().expected if place[1] % 3 == 1)
+        return sorted([*good, *((*p[:2], i, AGAIN) for p in failed for i in ANSWERED)], key=str)
+
+    def missing(self, table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
+        for uri, again in table.failed(but_run=AGAIN).items():
+            done = again.done.answered_rows(UNITS)
+            for index in range(self.shards[uri][1]):
+                if index not in done:
+                    yield row(index, ANSWERED, uri=uri, units=UNITS, run_id=AGAIN)
+
+
+AGAIN, ANSWERED = "again", ["caption", "colour", "own"]
 FIRST = Night({"a.tar": (IDENTITY, 6), "b.tar": (IDENTITY, 3), "c.tar": (IDENTITY, 0)}, new=12)
 CHANGED = Night({"a.tar": (IDENTITY, 6), "b.tar": ("etag-2", 4), "d.tar": (IDENTITY, 1)}, new=7)
-NIGHTS = {"first": FIRST, "changed": CHANGED}
+RETRIED = Retried({**FIRST.shards}, new=3)
+NIGHTS = {"first": FIRST, "changed": CHANGED, "retried": RETRIED}
 
 
 def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
@@ -108,7 +128,12 @@ def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
     with hold(table.output, say=lambda _: None, **options) as lease:
         table.recover(lease)
         table.open(night.listed)
-        table.remove_stale()
+        is_retry = isinstance(night, Retried)
+        if is_retry:
+            table.finish()
+        else:
+            table.replace_failed()
+            table.remove_stale()
         for number in itertools.count():
             batch = list(itertools.islice(night.missing(table), BATCH))
             if not batch:
@@ -117,8 +142,8 @@ def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
                 log.write("row\n" * len(batch))
             for repeated in (batch, batch[1:])[: 1 + number % 2]:
                 rows = answered(*repeated)
-                receipt = write_part(rows, output=spec, keep={}, fingerprint=FINGERPRINT)
-                table.commit(receipt)
+                settings = {"keep": {}, "fingerprint": FINGERPRINT, "again": is_retry}
+                table.commit(write_part(rows, output=spec, **settings))
             table.fold()
         table.finish()
 
@@ -132,7 +157,8 @@ def check_table(
     there = [(r["source_uri"], r["source_index"], r["question_id"], r["run_id"]) for r in rows]
     identities = [place[:3] for place in there]
     assert len(identities) == len(set(identities)), f"doubled: {sorted(there, key=str)}"
-    assert all(table.num_rows <= NEXT_ROWS_PER_FILE for table in tables)
+    most = NEXT_ROWS_PER_FILE * (len(ANSWERED) if isinstance(night, Retried) else 1)
+    assert all(table.num_rows <= most for table in tables)
     if night is not FIRST:
         stand = {place for place in night.expected if place in FIRST.expected}
         assert stand <= set(there), f"gone: {sorted(stand - set(there), key=str)}"

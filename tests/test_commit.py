@@ -2,9 +2,7 @@ import gzip
 import json
 import threading
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,54 +17,11 @@ from pipeline.ledger import LEDGER, UNRECORDED_PARTS
 from pipeline.parts import PartInfo, read_info
 from pipeline.sources.base import Shard
 from pipeline.storage import Output
-from pipeline.versions import OnChange
-from pipeline.write import write_part
 from schemas.errors import JobError, OutputHeld, SpecError
 from schemas.job import OutputSpec, StorageSpec
-from tests.answered import FINGERPRINT, IDENTITY, FreeLease, answered, end, failed, identities, row
+from tests.answered import FINGERPRINT, IDENTITY, FreeLease, end, failed, identities, row
+from tests.committing import SHARDS, Run
 from tests.s3 import S3Server
-
-SHARDS = [Shard("a.tar", IDENTITY)]
-STORAGE = StorageSpec()
-
-
-class Run:
-    """A run over one output, as the driver and its workers do it."""
-
-    def __init__(
-        self,
-        path: object,
-        *,
-        fingerprint: Fingerprint = FINGERPRINT,
-        shards: Sequence[Shard] = SHARDS,
-        on_change: OnChange = "replace",
-        **output: Any,
-    ) -> None:
-        self.spec = OutputSpec(path=str(path), **{"rows_per_file": 4, **output})
-        self.fingerprint = fingerprint
-        self.table = AnswerTable(self.spec, keep={}, fingerprint=fingerprint)
-        self.lease = FreeLease()
-        self.table.recover(self.lease)
-        self.table.open(shards, on_change=on_change)
-        self.removed = self.table.remove_stale()
-        self.output = self.table.output
-
-    def stage(self, *rows: list[dict]) -> str:
-        """Write a part as a worker does, without telling the driver; its name."""
-        receipt = write_part(
-            answered(*rows), output=self.spec, keep={}, fingerprint=self.fingerprint
-        )
-        self.receipt = receipt
-        (name,) = receipt["part"].to_pylist()
-        return name
-
-    def write(self, *rows: list[dict]) -> str:
-        name = self.stage(*rows)
-        self.table.commit(self.receipt)
-        return name
-
-    def files(self, folder: str) -> list[str]:
-        return self.output.names(folder, suffix="")
 
 
 def test_staged_parts_fill_files_of_rows_per_file(tmp_path: Path) -> None:
@@ -583,14 +538,14 @@ def test_the_footer_of_a_fold_tells_what_its_rows_are(tmp_path: Path) -> None:
 
 
 def test_a_run_record_is_replaced_by_a_later_one(tmp_path: Path) -> None:
-    output = Output(str(tmp_path), STORAGE)
+    output = Output(str(tmp_path), StorageSpec())
     write_run_record(output, "run-1", {"counts": {"ok": 0}})
     write_run_record(output, "run-1", {"counts": {"ok": 3}})
     assert json.loads((tmp_path / "runs/run-1.json").read_text()) == {"counts": {"ok": 3}}
 
 
 def test_a_run_record_is_there_at_every_moment(tmp_path: Path) -> None:
-    output = Output(str(tmp_path), STORAGE)
+    output = Output(str(tmp_path), StorageSpec())
     write_run_record(output, "run-1", {"n": 0})
     found, is_over = [], threading.Event()
 

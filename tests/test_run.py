@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs.run import run_job
+from jobs.run import Retry, run_job
 from jobs.verify import verify
 from pipeline.coverage import ShardCoverage
 from pipeline.encode import Encode
@@ -223,6 +223,45 @@ class TestOnTwoCores:
         with_added = job.model_copy(update={"ask": (*job.ask, added)})
         assert run(with_added)[0].record["new"] == {"ok": 7, "failed": 0, "skipped": 0}
         assert verify(with_added).ok
+
+    def test_after_a_fault_is_mended_what_it_failed_is_answered_again(self, tmp_path: Path) -> None:
+        for number in range(4):
+            (tmp_path / f"{number}.png").write_bytes(scene(number)[2])
+        (tmp_path / "0.png").write_bytes(b"no image")
+        (tmp_path / "1.png").rename(tmp_path / "hidden")
+        own = [{"id": "own", "question": "what color is the shape?"}]
+        rows = [{"image": f"{number}.png", "questions": own} for number in range(4)]
+        (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(json_bytes, rows)))
+        source = {"format": "manifest", "path": str(tmp_path / "in.jsonl"), "limit": 3}
+        job = job_of("", tmp_path / "out", source=source, max_failed_fraction=1.0)
+        assert run(job)[0].record["new"] == {"ok": 2, "failed": 4, "skipped": 0}
+        names = os.listdir(tmp_path / "out/answers")
+        before = answers(tmp_path / "out")
+        (tmp_path / "hidden").rename(tmp_path / "1.png")
+
+        retry = Retry(("ImageMissing",))
+        result = run_job(job, address=None, console=Console(file=io.StringIO()), retry=retry)
+        assert result.record["new"] == {"ok": 2, "failed": 0, "skipped": 0}
+        assert result.record["retried"] == 2
+        assert result.record["counts"] == {"ok": 4, "failed": 2, "skipped": 0}
+        after = answers(tmp_path / "out")
+        assert [r for r in after if r["source_index"] != 1] == [
+            r for r in before if r["source_index"] != 1
+        ]
+        again = [r for r in after if r["source_index"] == 1]
+        assert [r["answer"] for r in again] == list(scene(1)[:2])
+        assert [r["attempts"] for r in again] == [2, 2]
+        assert os.listdir(tmp_path / "out/answers") == names
+        assert verify(job).ok
+
+        result = run_job(job, address=None, console=Console(file=io.StringIO()), retry=Retry())
+        assert result.record["new"] == {"ok": 0, "failed": 2, "skipped": 0}
+        failed = [r["attempts"] for r in answers(tmp_path / "out") if r["status"] == "failed"]
+        assert failed == [2, 2]
+        said = io.StringIO()
+        run_job(job, address=None, console=Console(file=said), retry=retry)
+        assert "starting Ray" not in said.getvalue()
+        assert verify(job).ok
 
     def test_a_trial_of_the_first_rows_is_the_start_of_the_run(self, tmp_path: Path) -> None:
         write_shapes(tmp_path / "in", shards=3, images=4)
