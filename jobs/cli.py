@@ -16,7 +16,7 @@ from jobs.doctor_command import doctor
 from jobs.exits import Status, StatusGroup, print_result
 
 if TYPE_CHECKING:
-    from jobs.run import Retry
+    from jobs.run import Fork, Retry
     from schemas.job import JobSpec
 
 
@@ -130,21 +130,36 @@ def ask(source: str, questions: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("spec")
+@click.option(
+    "--fork",
+    metavar="NEW_DST",
+    help="Answer into NEW_DST, beginning with what still holds of the answers in output.path.",
+)
 @_limit
 @_set
 @_address
 @_json
 def run(
     spec: str,
+    fork: str | None,
     limit: int | None,
     overrides: tuple[str, ...],
-    address: str | None,
-    as_json: bool,
+    **options: Any,
 ) -> None:
     """Run the job of a spec file, or what is left of it."""
     from jobs.load import load_spec
 
-    _run(load_spec(spec, _limited(overrides, limit)), address=address, as_json=as_json)
+    job = load_spec(spec, _limited(overrides, limit))
+    if fork is None:
+        _run(job, **options)
+    else:
+        from jobs.records import with_output
+        from jobs.run import Fork
+
+        forked = with_output(job, fork)
+        if forked.output.path == job.output.path:
+            raise click.UsageError(f"--fork {fork}: is output.path itself; name another place")
+        _run(forked, mode=Fork(job.output), **options)
 
 
 @main.command()
@@ -187,7 +202,7 @@ def retry(
     from jobs.run import Retry
 
     job = job_of_output(output, spec=spec, overrides=overrides)
-    _run(job, retry=Retry(classes), **options)
+    _run(job, mode=Retry(classes), **options)
 
 
 @main.command()
@@ -396,7 +411,7 @@ def _run(
     *,
     address: str | None,
     as_json: bool,
-    retry: "Retry | None" = None,
+    mode: "Retry | Fork | None" = None,
     closing: Callable[["JobSpec"], str] | None = None,
 ) -> None:
     """Run the job, print what came of it, exit with 3 where too many rows failed."""
@@ -405,7 +420,7 @@ def _run(
     from jobs.records import summary
     from jobs.run import run_job
 
-    result = run_job(job, address=address, console=Console(stderr=True), retry=retry)
+    result = run_job(job, address=address, console=Console(stderr=True), mode=mode)
     if as_json:
         print_result(json.dumps(result.record, indent=2))
     else:

@@ -29,10 +29,10 @@ from pipeline.lease import Lease, hold
 from pipeline.parts import ANSWERS
 from pipeline.read import ShardWork
 from pipeline.resources import Resources, check_fits, resolve_resources
-from pipeline.storage import store_errors
+from pipeline.storage import Output, store_errors
 from pipeline.write import store_failures_as_job_errors
 from schemas.errors import JobError, SpecError
-from schemas.job import JobSpec
+from schemas.job import JobSpec, OutputSpec
 
 if TYPE_CHECKING:
     from pipeline import flow
@@ -62,8 +62,15 @@ class Retry:
     classes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Fork:
+    """What a run does that begins with what still holds of another table."""
+
+    origin: OutputSpec
+
+
 def run_job(
-    job: JobSpec, *, address: str | None, console: Console, retry: Retry | None = None
+    job: JobSpec, *, address: str | None, console: Console, mode: Retry | Fork | None = None
 ) -> RunResult:
     """Answer everything that the job asks and its output does not hold yet; or what has failed.
 
@@ -72,7 +79,7 @@ def run_job(
     Terminated when what was in flight is durable.
     """
     planned = plan(job)
-    run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s), retry)
+    run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s), mode)
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
         run.table.recover(lease)
         run.table.open(planned.shards, on_change=job.source.on_change)
@@ -88,7 +95,7 @@ class _Run:
     table: AnswerTable
     console: Console
     stop: Stop
-    retry: Retry | None = None
+    mode: Retry | Fork | None = None
     run_id: str = field(default_factory=lambda: new_run_id())
     started_at: datetime.datetime = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)
@@ -97,6 +104,7 @@ class _Run:
     resources: Mapping[str, Any] = field(default_factory=dict)
     tally_before: Tally = field(default_factory=Tally)
     removed: Tally = field(default_factory=Tally)
+    taken: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
@@ -117,12 +125,23 @@ class _Run:
             return
         self.table.replace_failed()
         self.removed = self.table.remove_stale()
+        if isinstance(self.mode, Fork):
+            self._take_over(self.mode.origin)
         self.tally_before = self.table.tally
         if self.removed.rows:
             self._say(
                 f"{self.removed.rows:,} answers are removed, about shards that have changed since "
                 "or are gone (source.on_change)"
             )
+
+    def _take_over(self, origin: OutputSpec) -> None:
+        other = Output(origin.path, origin.storage, retry_s=origin.retry_s)
+        self.taken = self.table.take_over(other)
+        self._say(f"{self.taken.rows:,} answers of {other.uri} still hold and are taken over")
+
+    @property
+    def retry(self) -> Retry | None:
+        return self.mode if isinstance(self.mode, Retry) else None
 
     def to_its_end(self, lease: Lease, address: str | None) -> RunResult:
         """Answer, fold and record; the table is open."""
@@ -294,6 +313,7 @@ class _Run:
             "counts": dict(tally.counts),
             "new": new,
             "removed": dict(self.removed.counts),
+            "taken": dict(self.taken.counts),
             "retried": self.table.swapped,
             "failures": {name: found.to_json() for name, found in tally.failures.items()},
             "fingerprint": self.plan.fingerprint.to_json(),

@@ -29,6 +29,7 @@ from pipeline.again import (
     places_of,
     swaps_of,
 )
+from pipeline.carry import carried, common, whole_rows
 from pipeline.compatibility import (
     added_questions,
     check_fingerprint,
@@ -36,7 +37,7 @@ from pipeline.compatibility import (
     check_schema,
     check_source,
 )
-from pipeline.coverage import Coverage
+from pipeline.coverage import Coverage, Ranges
 from pipeline.fold import Part, Shards, Share, added_coverage, cut, fold_parts, rows_of
 from pipeline.footer import Fingerprint, Footer, Tally
 from pipeline.intents import Intent, Intents
@@ -181,6 +182,42 @@ class AnswerTable:
         for name, footer in again.items():
             # Rows that nobody has answered yet: a shard has turned out to be longer.
             self._stage(name, replace(footer, again=False))
+
+    def take_over(self, other: Output) -> Tally:
+        """Stage what another table holds that is not answered here and still holds; its tally.
+
+        Each part of it is staged under a name made of what it covers: doing it twice, or killed in
+        between and done again, does no harm. Raises JobError for a damaged part.
+        """
+        names = other.names(ANSWERS, suffix=SUFFIX)
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = list(pool.map(lambda name: read_info(other, name), names))
+        held = {part.name: common(part.footer.fingerprint, self._fingerprint) for part in parts}
+        is_same = all(
+            fingerprint and fingerprint.questions == part.footer.fingerprint.questions
+            for part, fingerprint in zip(parts, held.values(), strict=True)
+        )
+        whole = whole_rows(part.footer for part in parts)
+        if is_same:
+            whole = dict.fromkeys(whole, Ranges())
+        before = self.tally
+        for part in parts:
+            if (fingerprint := held[part.name]) and part.schema.equals(self._schema):
+                shards = self.versions.standing(carried(part.footer, fingerprint, whole=whole))
+                self._take(other, part, added_coverage(shards, covered=self.coverage), fingerprint)
+        return self.tally - before
+
+    def _take(
+        self, other: Output, part: PartInfo, shards: Shards, fingerprint: Fingerprint
+    ) -> None:
+        if not shards:
+            return
+        answers = rows_of(read_part(other, part.name), shards)
+        footer = Footer(shards, fingerprint, part.footer.run_ids, tally_of(answers))
+        name = f"{STAGING}/{footer.key}{SUFFIX}"
+        self._lease.check()
+        self.output.publish(name, part_bytes(answers, footer))
+        self._stage(name, footer)
 
     def _revision(self) -> Revision:
         there = self.output.identities(ANSWERS, suffix=SUFFIX)

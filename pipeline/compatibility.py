@@ -19,6 +19,7 @@ from schemas.ask import ROW_QUESTIONS
 from pipeline.versions import Versions
 from schemas.errors import SpecError
 
+REMEDY = "Run it with --fork NEW_DST, which starts another table with the answers that still hold"
 PLACE = ("source_uri", "source_index", "question_id")
 
 
@@ -26,7 +27,7 @@ def check_fingerprint(old: Fingerprint, new: Fingerprint, *, place: str) -> None
     if differences := old.differences(new):
         raise SpecError(
             f"{place} was answered otherwise: {'; '.join(differences)}. "
-            "Give another output.path, or put the old value back"
+            f"{REMEDY}, or put the old value back"
         )
 
 
@@ -34,8 +35,7 @@ def check_schema(old: pa.Schema, new: pa.Schema, *, place: str) -> None:
     if not old.equals(new):
         raise SpecError(
             f"{place} has other columns than this run would write: "
-            f"{_schema_differences(old, new)}. Give another output.path, or "
-            "put source.keep and output.prompts back"
+            f"{_schema_differences(old, new)}. {REMEDY}, or put source.keep and output.prompts back"
         )
 
 

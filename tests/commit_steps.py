@@ -7,7 +7,7 @@ A step is one thing that the store is made to do: a link, a rename, a sync, a re
 is stopped there, another run takes the output over and completes it, then the first goes on.
 After each the table is compared with what it has to hold. Prints JSON; ends with 1 on a fault.
 `--night changed`: the output is complete, and the source is another one since; `retried`: what
-failed in it is answered again.
+failed in it is answered again; `forked`: it begins another table, for which a question has changed.
 Real processes, forked from this one, which keeps clear of threads and stores.
 """
 
@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +113,47 @@ class Retried(Night):
                     yield row(index, ANSWERED, uri=uri, units=UNITS, run_id=AGAIN)
 
 
+class Forked(Night):
+    """Of source rows with an answer that stands for several questions, nothing is taken over."""
+
+    @property
+    def expected(self) -> list[tuple[Any, ...]]:
+        old = super().expected
+        whole = {place[:2] for place in old if place[2] is None}
+        fresh = {place for place in old if place[:2] in whole or place[2] == "colour"}
+        return sorted(((*p[:3], FORKED) if p in fresh else p for p in old), key=str)
+
+    def missing(self, table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
+        for uri, (version, length) in self.shards.items():
+            known = table.coverage.of(uri, version)
+            for index in range(length):
+                units = known.missing_units(index, UNITS)
+                rows = [r for r in rows_at(uri, index, version) if unit_of(r) in (None, *units)]
+                told = {"units": units, "row_answers": len(rows), "run_id": FORKED}
+                if units:
+                    yield [{**each, **told} for each in rows]
+
+
+def unit_of(answer: dict[str, Any]) -> str | None:
+    question_id = answer["question_id"]
+    return question_id if question_id in (None, "caption", "colour") else "questions"
+
+
+FORKED = "forked"
+OTHER = replace(FINGERPRINT, questions={**FINGERPRINT.questions, "colour": "k2"})
 AGAIN, ANSWERED = "again", ["caption", "colour", "own"]
 FIRST = Night({"a.tar": (IDENTITY, 6), "b.tar": (IDENTITY, 3), "c.tar": (IDENTITY, 0)}, new=12)
 CHANGED = Night({"a.tar": (IDENTITY, 6), "b.tar": ("etag-2", 4), "d.tar": (IDENTITY, 1)}, new=7)
 RETRIED = Retried({**FIRST.shards}, new=3)
-NIGHTS = {"first": FIRST, "changed": CHANGED, "retried": RETRIED}
+FORK = Forked({**FIRST.shards}, new=9)
+NIGHTS = {"first": FIRST, "changed": CHANGED, "retried": RETRIED, "forked": FORK}
 
 
 def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
     """Answer what is missing, in batches; every second one is staged again with other borders."""
     ledger.UNRECORDED_PARTS = 1
-    table = AnswerTable(spec, keep={}, fingerprint=FINGERPRINT)
+    fingerprint = OTHER if isinstance(night, Forked) else FINGERPRINT
+    table = AnswerTable(spec, keep={}, fingerprint=fingerprint)
     options = {"run_id": f"run-{os.getpid()}", "timeout_s": spec.lease_timeout_s}
     with hold(table.output, say=lambda _: None, **options) as lease:
         table.recover(lease)
@@ -134,6 +164,8 @@ def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
         else:
             table.replace_failed()
             table.remove_stale()
+        if isinstance(night, Forked):
+            table.take_over(Output(origin_of(spec).path, spec.storage))
         for number in itertools.count():
             batch = list(itertools.islice(night.missing(table), BATCH))
             if not batch:
@@ -142,10 +174,14 @@ def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
                 log.write("row\n" * len(batch))
             for repeated in (batch, batch[1:])[: 1 + number % 2]:
                 rows = answered(*repeated)
-                settings = {"keep": {}, "fingerprint": FINGERPRINT, "again": is_retry}
+                settings = {"keep": {}, "fingerprint": fingerprint, "again": is_retry}
                 table.commit(write_part(rows, output=spec, **settings))
             table.fold()
         table.finish()
+
+
+def origin_of(spec: OutputSpec) -> OutputSpec:
+    return spec.model_copy(update={"path": f"{spec.path}-origin"})
 
 
 def check_table(
@@ -159,7 +195,7 @@ def check_table(
     assert len(identities) == len(set(identities)), f"doubled: {sorted(there, key=str)}"
     most = NEXT_ROWS_PER_FILE * (len(ANSWERED) if isinstance(night, Retried) else 1)
     assert all(table.num_rows <= most for table in tables)
-    if night is not FIRST:
+    if night is not FIRST and night is not FORK:
         stand = {place for place in night.expected if place in FIRST.expected}
         assert stand <= set(there), f"gone: {sorted(stand - set(there), key=str)}"
     if has_all:
@@ -257,7 +293,8 @@ class Attempt:
             check_table(output(), self.night, has_all=True, is_tidy=True)
 
         if self.night is not FIRST:
-            before = functools.partial(run, spec, FIRST, answered_log=self.log)
+            first_spec = origin_of(spec) if self.night is FORK else spec
+            before = functools.partial(run, first_spec, FIRST, answered_log=self.log)
             assert ended(forked(before)) == 0
         self.log.write_text("")
         pid = forked(first)

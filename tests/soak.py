@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.commit_steps import NIGHTS
 from tests.complete import audited, resumed
 from tests.costs import Life, costs_of, longest_until_durable_s
 from tests.fuzzed import fuzzed
@@ -316,7 +317,7 @@ def resumes(folder: Path, *, shards: int, repeats: int = 3) -> Figures:
 def steps(folder: Path, *, server: S3Server | None = None) -> Figures:
     """End and overtake runs at every step of the commit; see `commit_steps.py`."""
     figures: Figures = {"faults": []}
-    for night, act in itertools.product(("first", "changed", "retried"), ("kill", "sleep")):
+    for night, act in itertools.product(NIGHTS, ("kill", "sleep")):
         name = f"{night}-{act}"
         path = server.url(f"steps-{name}") if server else str(folder / name)
         command = [sys.executable, "-m", "tests.commit_steps", path, "--act", act]

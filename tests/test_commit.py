@@ -295,7 +295,7 @@ def test_another_model_is_refused_by_name_and_value(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as error:
         Run(tmp_path, fingerprint=other)
     assert "model weights: was 'w1', is now 'w2'." in str(error.value)
-    assert "another output.path" in str(error.value)
+    assert "Run it with --fork NEW_DST" in str(error.value)
 
 
 def test_a_changed_question_is_refused_and_an_added_one_is_not(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.whole_jobs import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-STEPS = {"first": 80, "changed": 80, "retried": 40}
+STEPS = {"first": 80, "changed": 80, "retried": 40, "forked": 80}
 """At least so many does a run have, before and after each of which it is interrupted; on an object
 store half as many."""
 
@@ -39,6 +39,7 @@ def attempts(path: object, log: Path, *options: object) -> int:
         ("changed", "sleep", 18),
         ("retried", "kill", 9),
         ("retried", "sleep", 18),
+        ("forked", "kill", 12),
     ],
 )
 def test_on_a_local_disk(tmp_path: Path, night: str, act: str, every: int) -> None:

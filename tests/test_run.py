@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs.run import Retry, run_job
+from jobs.run import Fork, Retry, run_job
 from jobs.verify import verify
 from pipeline.coverage import ShardCoverage
 from pipeline.encode import Encode
@@ -224,6 +224,24 @@ class TestOnTwoCores:
         assert run(with_added)[0].record["new"] == {"ok": 7, "failed": 0, "skipped": 0}
         assert verify(with_added).ok
 
+    def test_a_fork_begins_with_what_still_holds(self, finished: Finished, tmp_path: Path) -> None:
+        changed = AskPrompt(id="shape", prompt="what shape is in the image?")
+        ask = (changed, *finished.job.ask[1:])
+        output = finished.job.output.model_copy(update={"path": str(tmp_path / "new")})
+        job = finished.job.model_copy(update={"ask": ask, "output": output})
+        console = Console(file=io.StringIO(), width=200)
+        result = run_job(job, address=None, console=console, mode=Fork(finished.job.output))
+        assert result.record["taken"] == {"ok": 24, "failed": 0, "skipped": 0}
+        assert result.record["new"] == {"ok": 24, "failed": 0, "skipped": 0}
+        rows = answers(tmp_path / "new")
+        runs = {row["question_id"]: row["run_id"] for row in rows}
+        assert runs == {
+            "colour": finished.record["run_id"],
+            "shape": result.record["run_id"],
+        }
+        assert verify(job).ok
+        assert verify(finished.job).ok
+
     def test_after_a_fault_is_mended_what_it_failed_is_answered_again(self, tmp_path: Path) -> None:
         for number in range(4):
             (tmp_path / f"{number}.png").write_bytes(scene(number)[2])
@@ -240,7 +258,7 @@ class TestOnTwoCores:
         (tmp_path / "hidden").rename(tmp_path / "1.png")
 
         retry = Retry(("ImageMissing",))
-        result = run_job(job, address=None, console=Console(file=io.StringIO()), retry=retry)
+        result = run_job(job, address=None, console=Console(file=io.StringIO()), mode=retry)
         assert result.record["new"] == {"ok": 2, "failed": 0, "skipped": 0}
         assert result.record["retried"] == 2
         assert result.record["counts"] == {"ok": 4, "failed": 2, "skipped": 0}
@@ -254,12 +272,12 @@ class TestOnTwoCores:
         assert os.listdir(tmp_path / "out/answers") == names
         assert verify(job).ok
 
-        result = run_job(job, address=None, console=Console(file=io.StringIO()), retry=Retry())
+        result = run_job(job, address=None, console=Console(file=io.StringIO()), mode=Retry())
         assert result.record["new"] == {"ok": 0, "failed": 2, "skipped": 0}
         failed = [r["attempts"] for r in answers(tmp_path / "out") if r["status"] == "failed"]
         assert failed == [2, 2]
         said = io.StringIO()
-        run_job(job, address=None, console=Console(file=said), retry=retry)
+        run_job(job, address=None, console=Console(file=said), mode=retry)
         assert "starting Ray" not in said.getvalue()
         assert verify(job).ok
 
