@@ -206,6 +206,18 @@ def retry(
 
 
 @main.command()
+@click.argument("output", metavar="DST")
+@_json
+def runs(output: str, as_json: bool) -> None:
+    """List the runs into a table: what each added, replaced and failed."""
+    from jobs.records import history, history_lines
+
+    records = history(output)
+    text = json.dumps(records, indent=2) if as_json else "\n".join(history_lines(records))
+    print_result(text)
+
+
+@main.command()
 @click.argument("mode", type=click.Choice(["vqa", "caption"]), default="vqa")
 @click.option("--model", help="Hub id, local folder or `embedded`.  [default: the embedded model]")
 @click.option("--random", metavar="NAME", help="A model of random weights instead: ViT-S-135M.")

@@ -8,6 +8,11 @@ A record is JSON:
     new                   {ok, failed, skipped} of this run
     failures              {class: {count, example: {uri, index, message}}} of the whole table
     elapsed_s             of this run
+    removed               {ok, failed, skipped} that left since their shards changed or are gone
+    retried               failed rows that gave way to other answers
+    taken                 {ok, failed, skipped} that were taken over from another table
+    seconds               {stage: seconds}: plan, open and fold in the driver; read, prepare,
+                          generate and write summed over their workers
 
 Other keys may stand beside these.
 """
@@ -24,6 +29,8 @@ from schemas.errors import SpecError
 from schemas.job import JobSpec, StorageSpec
 
 RUNS = "runs"
+RUNNING = "running"
+"""How the record of a run ends that has not ended; or that was killed."""
 
 
 def job_of_output(output: str, *, spec: str | None, overrides: Sequence[str] = ()) -> JobSpec:
@@ -57,6 +64,40 @@ def recorded_spec(output: str) -> JobSpec:
     return with_output(jobs[0].model_copy(update={"ask": _asked(*jobs)}), output)
 
 
+def history(output: str) -> list[dict[str, Any]]:
+    """The records of all runs into `output`, oldest first, without their specs.
+
+    Raises SpecError where there is none.
+    """
+    found = [_json_in(data) for data in _read_records(output).values()]
+    records = [{k: v for k, v in r.items() if k != "spec"} for r in found if "run_id" in r]
+    if not records:
+        raise SpecError(f"{output}: holds no run record ({RUNS}/*.json); check the path")
+    return records
+
+
+def history_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each run did, for a person."""
+    lines = []
+    for record in records:
+        ended = record["ended"]
+        told = "running, or killed" if ended == RUNNING else ended.partition(":")[0]
+        lines.append(f"{record['run_id']}  {told}, {duration(record['elapsed_s'])}")
+        if ended != RUNNING:
+            lines.append(f"  answered {_tally(record['new'])}{_moved(record)}")
+        lines.append(f"  table    {_tally(record['counts'])}")
+    return lines
+
+
+def _moved(record: Mapping[str, Any]) -> str:
+    moved = {
+        "removed": sum(record.get("removed", {}).values()),
+        "replaced": record.get("retried", 0),
+        "taken over": sum(record.get("taken", {}).values()),
+    }
+    return "".join(f"; {number:,} {what}" for what, number in moved.items() if number)
+
+
 def _read_records(output: str) -> dict[str, bytes]:
     """The files of run records by name, oldest first."""
     # Imported here: pyarrow and fsspec, which a summary does not need.
@@ -81,12 +122,17 @@ def _remedy(output: str) -> str:
 
 def _spec_in(data: bytes) -> dict[str, Any] | None:
     """The spec of a record; null for a file that is none, or was cut off."""
+    spec = _json_in(data).get("spec")
+    return spec if isinstance(spec, dict) else None
+
+
+def _json_in(data: bytes) -> dict[str, Any]:
+    """A record; empty for a file that is none, or was cut off."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    spec = record.get("spec") if isinstance(record, dict) else None
-    return spec if isinstance(spec, dict) else None
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _asked(newest: JobSpec, *earlier: JobSpec) -> tuple[Ask, ...]:
@@ -117,6 +163,8 @@ def summary(record: Mapping[str, Any]) -> str:
         lines = [f"This run: {_tally(new)}, in {duration(elapsed)} ({rate:.1f} a second)"]
     else:
         lines = ["This run: nothing left to do"]
+    if moved := _moved(record):
+        lines.append(f"Beside that: {moved.removeprefix('; ')}")
     lines += [
         f"Table: {_tally(counts)}",
         *failure_lines(record["failures"]),

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from jobs.domain import warning_of
 from jobs.exits import Terminated
 from jobs.plan import Plan, plan
 from jobs.progress import Progress
-from jobs.records import failure_lines
+from jobs.records import RUNNING, failure_lines
 from jobs.stop import Stop
 from jobs.tolerance import Tolerance
 from pipeline.commit import AnswerTable, write_run_record
@@ -78,12 +79,15 @@ def run_job(
     JobError where the job cannot go on. Stopped by a signal, it raises KeyboardInterrupt or
     Terminated when what was in flight is durable.
     """
+    start = time.monotonic()
     planned = plan(job)
     run = _Run(planned, planned.table(), console, Stop(grace_s=job.grace_period_s), mode)
+    run.seconds["plan"] = time.monotonic() - start
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
-        run.table.recover(lease)
-        run.table.open(planned.shards, on_change=job.source.on_change)
-        run.begin()
+        with run.timed("open"):
+            run.table.recover(lease)
+            run.table.open(planned.shards, on_change=job.source.on_change)
+            run.begin()
         return run.to_its_end(lease, address)
 
 
@@ -109,6 +113,7 @@ class _Run:
     def __post_init__(self) -> None:
         self._start = time.monotonic()
         self._durable = 0
+        self.seconds: dict[str, float] = defaultdict(float)
         self._tolerance = Tolerance(self.plan.job.max_failed_fraction, self.plan.most_answers)
         # A large file is listed in pieces.
         self._shards = len({shard.uri for shard in self.plan.shards})
@@ -116,6 +121,14 @@ class _Run:
     def hold(self) -> contextlib.AbstractContextManager[Lease]:
         timeout_s = self.plan.job.output.lease_timeout_s
         return hold(self.table.output, run_id=self.run_id, timeout_s=timeout_s, say=self._say)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - start
 
     def begin(self) -> None:
         """Bring the table to where the work begins: what is stale is gone, or all is folded."""
@@ -151,7 +164,8 @@ class _Run:
                     work = self._answer(work, lease, address)
                 if work:
                     self._end_early(work)
-                self.table.finish()
+                with self.timed("fold"):
+                    self.table.finish()
         except BaseException as error:
             record = self.record(ended=_ended(error), patience_s=0.0)
             self._say(f"{self.table.tally.rows:,} answers are durable")
@@ -174,7 +188,7 @@ class _Run:
 
     def _answer(self, work: list[ShardWork], lease: Lease, address: str | None) -> list[ShardWork]:
         """Answer the shards; returns what is left of them."""
-        self.record(ended="running")
+        self.record(ended=RUNNING)
         if warning := warning_of(self.plan.job, work):
             self.console.print(
                 warning, style="bold yellow", soft_wrap=True, highlight=False, markup=False
@@ -273,6 +287,8 @@ class _Run:
             raise lease.lost
         if self.first_answer_s is None and (step.waiting or step.receipt.num_rows):
             self.first_answer_s = self._elapsed_s()
+        for stage, seconds in step.seconds.items():
+            self.seconds[stage] += seconds
         progress.wait(step.waiting)
         if step.receipt.num_rows:
             self._commit(step.receipt, progress)
@@ -288,7 +304,8 @@ class _Run:
         done_before = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         table.commit(receipt)
         if not self.stop.is_asked:
-            table.fold()
+            with self.timed("fold"):
+                table.fold()
         done = sum(table.coverage.of(*key).is_complete(units) for key in touched)
         counts = sum((part.tally for part in parts), Tally()).counts
         self._durable += sum(counts.values())
@@ -308,6 +325,7 @@ class _Run:
             "elapsed_s": round(elapsed_s, 3),
             "first_answer_s": self.first_answer_s and round(self.first_answer_s, 3),
             "answers_per_s": round(sum(new.values()) / elapsed_s, 3) if elapsed_s else 0.0,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "table": f"{self.table.output.uri}/{ANSWERS}",
             "shards": self._shards,
             "counts": dict(tally.counts),

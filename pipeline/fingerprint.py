@@ -9,6 +9,7 @@ the driver and imports no torch.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from textwrap import shorten
 
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.prompt import LLAVA_1_5_TEMPLATE
@@ -20,6 +21,8 @@ TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
 PROCESSOR_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 ONLY_DRAWN = {*DRAWN, "seed"}
 """Keys that mean nothing where always the likeliest token is taken."""
+MOST_CHARACTERS = 80
+"""Of a question's text in its fingerprint; what decides is the hash."""
 NOT_DECIDING = frozenset({"model.safetensors.index.json", "README.md"})
 
 
@@ -58,14 +61,22 @@ def _pixels(source: SourceSpec) -> str:
 
 
 def question_fingerprints(job: JobSpec) -> dict[str, str]:
-    """One hash for each unit of the job: what is asked, and how it is answered."""
+    """One hash for each unit of the job: what is asked, and how it is answered.
+
+    Beside it how the question begins, for people to whom a refusal has to name it.
+    """
     prints = {}
     for unit, ask in zip(job.units, job.ask, strict=True):
         if isinstance(ask, AskPrompt):
-            asked = {"prompt": ask.prompt}
+            asked, told = (
+                {"prompt": ask.prompt},
+                shorten(ask.prompt, MOST_CHARACTERS, placeholder="..."),
+            )
         else:
-            asked = {"from": ROW_QUESTIONS, "column": job.source.columns.questions}
-        prints[unit] = digest({**asked, **_answering(job, ask)})
+            column = job.source.columns.questions
+            asked, told = {"from": ROW_QUESTIONS, "column": column}, f"column {column}"
+        hashed = digest({**asked, **_answering(job, ask)})
+        prints[unit] = f"{told} (at most {job.max_new_tokens(ask)} tokens, {hashed})"
     return prints
 
 

@@ -15,8 +15,9 @@ import logging
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from pipeline.footer import Fingerprint
 from pipeline.gate import Gate
 from pipeline.gather import Gathered
 from pipeline.generate import Generate
+from pipeline.parts import RECEIPT
 from pipeline.read import ReadTask, ShardWork, read_shards
 from pipeline.resources import Resources
 from schemas.errors import JobError, LavaflowError
@@ -65,11 +67,13 @@ class Run:
 class Step:
     """How far the work is. `receipt`: RECEIPT rows of parts that are durable since the last step.
 
-    `waiting`: rows that are answered and not durable yet.
+    `waiting`: rows that are answered and not durable yet. `seconds`: with the last step, how long
+    each stage was at work, summed over its workers.
     """
 
     receipt: pa.Table
     waiting: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def answer(
@@ -104,6 +108,8 @@ def answer(
             gathered.write(older_than_s=0.0)
             yield Step(gathered.receipt(timeout_s=TICK_S), gathered.rows)
         _tell_failures(gate, say)
+        seconds = {**gate.seconds(), "write": gathered.seconds}
+        yield Step(RECEIPT.empty_table(), 0, seconds)
         execution.raise_error()
 
 
@@ -172,12 +178,25 @@ def _read(batch: pa.Table, *, run: Run, gate: Gate) -> Iterator[pa.Table]:
         tables = read_shards(
             run.job, pickle.loads(task), keep=run.keep, on_failure=gate.tell_failure
         )
-        for rows in batches_of(tables, rows=run.resources.batch_size, n_bytes=BATCH_BYTES):
+        batches = batches_of(tables, rows=run.resources.batch_size, n_bytes=BATCH_BYTES)
+        for rows in _timed(batches, gate):
             # What is left out here, end marks and all, is read again by the next run.
             if not gate.is_open():
                 return
             yield packed(rows)
             del rows
+
+
+def _timed(tables: Iterator[pa.Table], gate: Gate) -> Iterator[pa.Table]:
+    """The same tables; what it takes to read them is told."""
+    while True:
+        start = time.monotonic()
+        table = next(tables, None)
+        gate.tell_time("read", time.monotonic() - start)
+        if table is None:
+            return
+        yield table
+        del table
 
 
 class _Prepare:
@@ -232,8 +251,10 @@ class Stage:
             raise self._error
         if not self._gate.enter(self._name):
             return self._nothing
+        start = time.monotonic()
         made = self._call(batch)
-        self._gate.leave(self._name, rows=made.num_rows)
+        seconds = time.monotonic() - start
+        self._gate.leave(self._name, rows=made.num_rows, seconds=seconds)
         return made
 
 

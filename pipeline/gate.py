@@ -1,4 +1,5 @@
-"""What the stages of one run ask and tell the driver: whether to begin, and what has failed.
+"""What the stages of one run ask and tell the driver: whether to begin, what has failed, how long
+they were at work.
 
     open      every call enters
     closed    what is inside finishes, and nothing new begins: a run that was told to stop ends soon
@@ -40,9 +41,24 @@ class Gate:
         except ray.exceptions.RayError:
             return True
 
-    def leave(self, stage: str, *, rows: int) -> None:
-        """A call is over, which has made this many rows."""
+    def leave(self, stage: str, *, rows: int, seconds: float) -> None:
+        """A call is over, which has made this many rows in this time."""
         self._keeper.leave.remote(stage, _actor(), rows)
+        self.tell_time(stage, seconds)
+
+    def tell_time(self, stage: str, seconds: float) -> None:
+        """A worker of the stage has been at work for so long."""
+        self._keeper.tell_time.remote(stage, seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage was at work, summed over its workers; none where nobody tells."""
+        try:
+            told: dict[str, float] = ray.get(
+                self._keeper.seconds.remote(), timeout=ANSWER_TIMEOUT_S
+            )
+        except ray.exceptions.RayError:
+            return {}
+        return told
 
     def tell_failure(self, failure: StoreUnavailable) -> None:
         """A store has failed while a shard was read."""
@@ -78,6 +94,7 @@ class _Keeper:
         self._inside: dict[str, Counter[str]] = defaultdict(Counter)
         self._rows: Counter[str] = Counter()
         self._failures: list[str] = []
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def is_open(self) -> bool:
         return self._is_open
@@ -92,6 +109,12 @@ class _Keeper:
     def leave(self, stage: str, actor: str, rows: int) -> None:
         self._inside[stage][actor] -= 1
         self._rows[stage] += rows
+
+    def tell_time(self, stage: str, seconds: float) -> None:
+        self._seconds[stage] += seconds
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)
 
     def tell_failure(self, failure: str) -> None:
         self._failures.append(failure)

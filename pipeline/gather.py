@@ -52,6 +52,9 @@ class Gathered:
             "again": again,
         }
         self._writing: dict[ray.ObjectRef, int] = {}
+        self._begun: dict[ray.ObjectRef, float] = {}
+        self.seconds = 0.0
+        """That writes have taken, one after the other."""
         self._empty()
 
     @property
@@ -82,6 +85,7 @@ class Gathered:
         if self._blocks and self.has_room and (is_large or is_old):
             write = self._write.remote(self._arguments, self._slices, *self._blocks)
             self._writing[write] = self._rows
+            self._begun[write] = time.monotonic()
             self._empty()
 
     def receipt(self, *, timeout_s: float) -> pa.Table:
@@ -96,6 +100,7 @@ class Gathered:
 
     def _receipt_of(self, write: ray.ObjectRef) -> pa.Table:
         rows = self._writing.pop(write)
+        self.seconds += time.monotonic() - self._begun.pop(write)
         try:
             return ray.get(write)
         except ray.exceptions.RayError as error:

@@ -62,7 +62,7 @@ def test_help_answers_in_half_a_second() -> None:
 def test_commands_are_listed_in_the_order_of_use() -> None:
     listed = lavaflow("--help").stdout.partition("Commands:\n")[2]
     assert [line.split()[0] for line in listed.splitlines()] == [
-        *("demo", "caption", "ask", "run", "verify", "retry", "bench", "doctor", "spec"),
+        *("demo", "caption", "ask", "run", "verify", "retry", "runs", "bench", "doctor", "spec"),
         *("submit", "status", "logs", "stop"),
     ]
 

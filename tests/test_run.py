@@ -163,6 +163,12 @@ class TestOnTwoCores:
         assert record["ended"] == "complete"
         assert record["new"] == {"ok": 48, "failed": 0, "skipped": 0}
 
+    def test_a_record_tells_how_long_each_stage_was_at_work(self, finished: Finished) -> None:
+        seconds = finished.record["seconds"]
+        stages = {"plan", "open", "read", "prepare", "generate", "write", "fold"}
+        assert seconds.keys() == stages
+        assert all(0 < seconds[stage] < finished.record["elapsed_s"] * 4 for stage in stages)
+
     def test_a_second_run_has_nothing_to_do(self, finished: Finished, tmp_path: Path) -> None:
         job = finished.copy(tmp_path)
         before = answers(tmp_path / "out")
