@@ -20,8 +20,8 @@ from pipeline.prompt import IMAGE_TOKEN
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
-from schemas.ask import AskPrompt, AskRow
 from pipeline.versions import Versions
+from schemas.ask import AskPrompt, AskRow
 from schemas.errors import SpecError
 from schemas.job import JobSpec
 from schemas.tables import RESERVED_COLUMNS

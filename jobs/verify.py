@@ -27,8 +27,8 @@ from pipeline.sources import open_source
 from pipeline.sources.base import Question, Reading, Sample
 from pipeline.sources.fetch import Unfetched
 from pipeline.storage import Output
-from schemas.ask import ROW_QUESTIONS
 from pipeline.versions import Versions
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import RowError
 from schemas.job import JobSpec
 from schemas.tables import answer_schema

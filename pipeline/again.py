@@ -21,11 +21,12 @@ from pipeline.coverage import END, Coverage, Ranges, ShardCoverage
 from pipeline.fold import Part, in_order
 from pipeline.footer import NULL_QUESTION, Footer
 from pipeline.parts import tally_of
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import ShardUnreadable
-from schemas.job import ROW_QUESTIONS
 
 PLACE = ("source_uri", "source_index")
-OUTCOME = ("question_id", "status", "error_class", "run_id", "attempts")
+IDENTITY = (*PLACE, "question_id", "sample_number")
+OUTCOME = ("question_id", "sample_number", "status", "error_class", "run_id", "attempts")
 PART = "part"
 ERROR = ("error_stage", "error_class", "error_message")
 MOST_ATTEMPTS = 2**15 - 1
@@ -44,11 +45,17 @@ class Swap:
 
     place: Place
     question_id: str | None
+    sample_number: int
     attempts: int
     answers: tuple[int, ...]
     is_reason: bool
     ends_shard: bool
     """The shard broke off here, and does not any more: nobody knows how many rows it has."""
+
+    @property
+    def identity(self) -> tuple[str, int, str | None, int]:
+        """Its IDENTITY."""
+        return *self.place, self.question_id, self.sample_number
 
 
 def each_place_once(tables: Iterable[pa.Table]) -> pa.Table:
@@ -110,7 +117,7 @@ def _swap(
 ) -> Swap | None:
     question_id = row["question_id"]
     reason = [n for n, new in came if new["question_id"] is None and new["status"] == "failed"]
-    same = [n for n, new in came if new["question_id"] == question_id]
+    same = [n for n, new in came if _answer_of(new) == _answer_of(row)]
     is_reason = False
     if question_id is None:
         others = {each["question_id"] for each in beside} - {None}
@@ -124,11 +131,16 @@ def _swap(
     return Swap(
         place=(row["source_uri"], row["source_index"]),
         question_id=question_id,
+        sample_number=row["sample_number"],
         attempts=min(row["attempts"] + 1, MOST_ATTEMPTS),
         answers=tuple(same),
         is_reason=is_reason,
         ends_shard=broke_off and ShardUnreadable.__name__ not in classes,
     )
+
+
+def _answer_of(row: Row) -> tuple[str | None, int]:
+    return row["question_id"], row["sample_number"]
 
 
 def _is_asked(question_id: str, units: Collection[str]) -> bool:
@@ -139,18 +151,14 @@ def _is_asked(question_id: str, units: Collection[str]) -> bool:
 def swapped(part: Part, swaps: Sequence[Swap], answers: pa.Table, *, new: Footer) -> Part:
     """The part with new answers in the place of failed rows. `new`: what is staged, as a whole."""
     table, footer = part
-    gone = {(*swap.place, swap.question_id) for swap in swaps}
-    keys = zip(*(table[name].to_pylist() for name in (*PLACE, "question_id")), strict=True)
+    gone = {swap.identity for swap in swaps}
+    keys = zip(*(table[name].to_pylist() for name in IDENTITY), strict=True)
     numbers = {key: number for number, key in enumerate(keys) if key in gone}
     # One that is gone: another run is at work, as whoever writes this part will notice.
-    swaps = [swap for swap in swaps if (*swap.place, swap.question_id) in numbers]
+    swaps = [swap for swap in swaps if swap.identity in numbers]
     left = sorted(set(range(len(table))) - set(numbers.values()))
     came = [_came(swap, answers, table, numbers=numbers) for swap in swaps]
-    at = [
-        numbers[*s.place, s.question_id]
-        for s, c in zip(swaps, came, strict=True)
-        for _ in range(len(c))
-    ]
+    at = [numbers[s.identity] for s, c in zip(swaps, came, strict=True) for _ in range(len(c))]
     fingerprint = footer.fingerprint | new.fingerprint
     rows = pa.concat_tables([table.take(pa.array(left, pa.int64())), *came])
     # Where the old row was: a row's own questions keep their order.
@@ -169,7 +177,7 @@ def _came(
 ) -> pa.Table:
     rows = answers.take(list(swap.answers))
     if swap.is_reason:
-        old = table.slice(numbers[*swap.place, swap.question_id], 1)
+        old = table.slice(numbers[swap.identity], 1)
         for name in (*ERROR, "run_id", "answered_at"):
             old = _with(old, name, rows[name].combine_chunks())
         rows = old

@@ -15,8 +15,8 @@ from pipeline.footer import Fingerprint
 from pipeline.parts import read_columns
 from pipeline.sources.base import Shard
 from pipeline.storage import READERS, Output
-from schemas.ask import ROW_QUESTIONS
 from pipeline.versions import Versions
+from schemas.ask import ROW_QUESTIONS
 from schemas.errors import SpecError
 
 REMEDY = "Run it with --fork NEW_DST, which starts another table with the answers that still hold"

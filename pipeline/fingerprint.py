@@ -68,15 +68,16 @@ def question_fingerprints(job: JobSpec) -> dict[str, str]:
     prints = {}
     for unit, ask in zip(job.units, job.ask, strict=True):
         if isinstance(ask, AskPrompt):
-            asked, told = (
-                {"prompt": ask.prompt},
-                shorten(ask.prompt, MOST_CHARACTERS, placeholder="..."),
-            )
+            asked = {"prompt": ask.prompt}
+            told = shorten(ask.prompt, MOST_CHARACTERS, placeholder="...")
         else:
-            column = job.source.columns.questions
-            asked, told = {"from": ROW_QUESTIONS, "column": column}, f"column {column}"
+            asked = {"from": ROW_QUESTIONS, "column": job.source.columns.questions}
+            told = f"column {job.source.columns.questions}"
         hashed = digest({**asked, **_answering(job, ask)})
-        prints[unit] = f"{told} (at most {job.max_new_tokens(ask)} tokens, {hashed})"
+        limit = f"at most {job.decoding(ask).max_new_tokens} tokens"
+        prints[unit] = (
+            f"{told} ({f'{len(ask.choices)} choices' if ask.choices else limit}, {hashed})"
+        )
     return prints
 
 

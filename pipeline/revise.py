@@ -113,6 +113,7 @@ NO_ROWS = pa.schema(
         ("source_uri", pa.string()),
         ("source_index", pa.int64()),
         ("question_id", pa.string()),
+        ("sample_number", pa.int16()),
         ("status", pa.string()),
         ("error_class", pa.string()),
         ("run_id", pa.string()),

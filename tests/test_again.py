@@ -184,6 +184,19 @@ def test_good_answers_are_never_replaced(run: Run) -> None:
     assert run.files("staging") == []
 
 
+def test_samples_of_a_question_are_replaced_one_by_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    drawn = [row(0, sample_number=n, answer=f"first {n}") for n in range(3)]
+    drawn[1] = failed(0, ["caption"], sample_number=1, error_class="NonFiniteLogits")
+    run.write(of_one_row(*drawn), end(1))
+    run.table.finish()
+    new = [again(0, ["caption"], sample_number=n, answer=f"second {n}") for n in range(3)]
+    run.write(of_one_row(*new), again=True)
+    run.table.finish()
+    found = [(r["sample_number"], r["answer"], r["attempts"]) for r in rows_of(run)]
+    assert found == [(0, "first 0", 1), (1, "second 1", 2), (2, "first 2", 1)]
+
+
 def test_answers_of_questions_added_later_lie_in_other_files(tmp_path: Path) -> None:
     """The failed row that stands for all of them lies in the first."""
     run = Run(tmp_path)
