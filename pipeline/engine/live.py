@@ -20,6 +20,7 @@ from pipeline.engine.kv import KVArena, Shape
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
 from pipeline.engine.step import Decode, Shared
+from pipeline.engine.transfer import sent
 
 NOWHERE = -1
 
@@ -196,8 +197,8 @@ class Live:
         if last - first == len(rows) - 1:
             self.tokens[first : last + 1] = tokens
         else:
-            places = torch.tensor([row.index for row in rows], device=tokens.device)
-            self.tokens[places] = tokens
+            places = torch.tensor([row.index for row in rows])
+            self.tokens[sent(places, tokens.device)] = tokens
 
     def remove(self, row: Row) -> None:
         """Take a row out, and its job with the last one."""

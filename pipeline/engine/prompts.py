@@ -9,6 +9,7 @@ import torch
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
 from pipeline.engine.prefill import Looking, Prefill, Stretch
+from pipeline.engine.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
     asked = [flat.end_of[row] - 1 for row in rows if not row.branch.scored]
     scored = [n for row in rows for n in _scored(row, flat.end_of[row])]
     places = (torch.tensor(each, dtype=torch.long) for each in (asked, scored))
-    return Read(*(hidden[each.to(hidden.device)] for each in places))
+    return Read(*(hidden[sent(each, hidden.device)] for each in places))
 
 
 def _scored(row: Row, end: int) -> range:

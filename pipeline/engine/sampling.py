@@ -21,6 +21,7 @@ from transformers import (
 
 from pipeline.engine.request import Decoding
 from pipeline.engine.said import Said
+from pipeline.engine.transfer import sent
 
 Chosen = tuple[torch.Tensor, list[list[float]]]
 
@@ -50,14 +51,14 @@ class Chooser:
             groups[said.decoding, said.is_early].append(number)
         tokens = torch.empty(len(saids), dtype=torch.long, device=self._device)
         for (decoding, is_early), numbers in groups.items():
-            places = torch.tensor(numbers, device=self._device)
+            places = sent(torch.tensor(numbers), self._device)
             group = [saids[number] for number in numbers]
             known = self._known(group, decoding, vocabulary=logits.shape[-1])
             scores = self._allowed(group, decoding, logits[places])
             scores = self._processors(decoding, is_early)(known, scores)
             if decoding.temperature:
-                uniforms = [said.uniform for said in group]
-                tokens[places] = drawn(scores, torch.tensor(uniforms, dtype=torch.float64))
+                uniforms = torch.tensor([said.uniform for said in group], dtype=torch.float64)
+                tokens[places] = drawn(scores, sent(uniforms, self._device))
             else:
                 tokens[places] = scores.argmax(-1)
         return tokens
@@ -69,7 +70,7 @@ class Chooser:
         if decoding.grammar is None:
             return scores
         bits = decoding.grammar.allowed([said.matcher for said in saids])
-        words = torch.from_numpy(bits).to(self._device)
+        words = sent(torch.from_numpy(bits), self._device)
         each = torch.arange(32, device=self._device, dtype=torch.int32)
         allowed = (words[:, :, None] >> each & 1).bool().flatten(1)[:, : scores.shape[-1]]
         return scores.masked_fill(~allowed, float("-inf"))
@@ -82,7 +83,7 @@ class Chooser:
         padded = np.full((len(known), max(map(len, known))), vocabulary)
         for row, ids in zip(padded, known, strict=True):
             row[: len(ids)] = ids
-        return torch.from_numpy(padded).to(self._device)
+        return sent(torch.from_numpy(padded), self._device)
 
     def _made(self, decoding: Decoding, is_early: bool) -> LogitsProcessorList:
         """In the order in which `generate` has them."""
@@ -105,7 +106,7 @@ def drawn(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """From [rows, vocabulary] and float64 [rows] in [0, 1): the tokens [rows] at which the sum of
     the probabilities, in the order of ids, first exceeds the number."""
     sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    bounds = uniforms.to(scores.device)[:, None] * sums[:, -1:]
+    bounds = uniforms[:, None] * sums[:, -1:]
     tokens = torch.searchsorted(sums, bounds, right=True)[:, 0]
     # Broken logits have no sums; their log-probability will tell.
     return tokens.clamp_(max=scores.shape[-1] - 1)

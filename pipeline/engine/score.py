@@ -7,6 +7,7 @@ import torch
 
 from pipeline.engine.request import Branch, Score
 from pipeline.engine.said import not_finite
+from pipeline.engine.transfer import sent
 from schemas.errors import NonFiniteLogits
 
 PLACES = 1024
@@ -27,14 +28,13 @@ def scores_of(
     and the last, that predicts the end. `logits_of`: float32 [places, vocabulary] of some of them.
     `prompt_tokens`: of each, its scored tokens left out.
     """
-    lengths = [branch.scored + 1 for branch in branches]
+    lengths = torch.tensor([branch.scored + 1 for branch in branches])
     given = [token for branch in branches for token in (*branch.token_ids[-branch.scored :], 0)]
-    owners = torch.arange(len(branches)).repeat_interleave(torch.tensor(lengths)).to(hidden.device)
-    ends = torch.tensor(lengths).cumsum(0).to(hidden.device) - 1
-    tokens = torch.tensor(given, device=hidden.device)
-    is_end = torch.zeros(len(tokens), dtype=torch.bool, device=hidden.device)
-    is_end[ends] = True
-    last = torch.tensor(sorted(eos), dtype=torch.long, device=hidden.device)
+    at_end = torch.zeros(len(given), dtype=torch.bool)
+    at_end[lengths.cumsum(0) - 1] = True
+    owners = sent(torch.arange(len(branches)).repeat_interleave(lengths), hidden.device)
+    tokens, is_end = (sent(each, hidden.device) for each in (torch.tensor(given), at_end))
+    last = sent(torch.tensor(sorted(eos), dtype=torch.long), hidden.device)
     logprobs = [
         _logprobs(logits_of(hidden[some]), given=tokens[some], is_end=is_end[some], eos=last)
         for some in (slice(at, at + PLACES) for at in range(0, len(tokens), PLACES))

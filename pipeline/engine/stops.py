@@ -13,7 +13,7 @@ class StopStrings:
     """One set of strings, held against a vocabulary. Make one for all branches that share it.
 
     `most_tokens`: of the end of a text, so many decide. Raises SpecError where no token can end any
-    of the strings.
+    of the strings, or transformers does not know how the tokenizer writes.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -24,8 +24,8 @@ class StopStrings:
             self._criteria = StopStringCriteria(tokenizer, list(strings))
         except ValueError as error:
             raise SpecError(
-                f"stop: no token of the model ends any of {list(strings)}, so that it cannot write "
-                "them; give other strings"
+                f"stop: {list(strings)} cannot be found in what this model's tokenizer writes: "
+                f"{error}"
             ) from error
         self.most_tokens: int = self._criteria.maximum_token_len
 
