@@ -139,12 +139,11 @@ class Doctor:
             if name == "float32" and said is None:
                 continue
             self.say(f"dtype {name}")
-            others: dict[str, Sequence[Tokens]] = {} if said is None else {"float32": said}
-            found = trials.dtype(name, {**others, **(quantized if name == own else {})})
+            judged = quantized if name == own else {}
+            found = trials.dtype(name, exact=said, quantized=judged)
+            for kind, part in found.pop("quantized", {}).items():
+                self.report["quantization"][kind] |= part
             self.report["dtype"][name] = {**found, "own": name == own}
-            for kind, part in found.get("compared", {}).items():
-                if kind in quantized:
-                    self.report["quantization"][kind] |= part
             if not found["works"] and name == own:
                 self.findings.append(Finding("dtype", "wrong", _dtype_fault(name, found)))
 

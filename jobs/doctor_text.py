@@ -52,8 +52,8 @@ def _dtype(found: Report) -> str:
     )
     if not found["works"]:
         text += ", which is too few: do not use it"
-    if exact := found["compared"].get("float32"):
-        text += f"; {exact['other_answers']} of {found['answers']} answers differ from float32's"
+    if "other_answers" in found:
+        text += f"; {found['other_answers']} of {found['answers']} answers differ from float32's"
     return text
 
 

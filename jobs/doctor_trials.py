@@ -69,29 +69,30 @@ class Trials:
             padded = self._baseline(subject).answer(rows, Setting(len(rows), padding="right"))
         return _different(padded, said)
 
-    def dtype(self, name: str, others: Mapping[str, Sequence[Tokens]]) -> Report:
-        """The engine's tokens put to transformers in the same dtype, and how many answers are
-        others than those of `others`; also how likely it finds those."""
+    def dtype(
+        self, name: str, *, exact: Sequence[Tokens] | None, quantized: Mapping[str, list[Tokens]]
+    ) -> Report:
+        """The engine's tokens put to transformers in the same dtype, and those of quantized models
+        with them; `exact`: what is said in float32, where that is known."""
         try:
             with self._loaded(dtype=name) as subject:
                 baseline = self._baseline(subject)
                 said = self._said(subject)
                 forced = {
                     key: agreement.forced(baseline, self.work.rows, dict(enumerate(tokens)))
-                    for key, tokens in {"engine": said, **others}.items()
+                    for key, tokens in {"engine": said, **quantized}.items()
                 }
                 del baseline
         except (JobError, RuntimeError) as error:
             return {"works": False, "why": str(error)}
-        return {
-            "works": forced["engine"]["ok"],
-            "answers": len(said),
-            "compared": {
-                key: {"other_answers": _different(tokens, said), "forced": forced[key]}
-                for key, tokens in others.items()
-            },
-            **forced["engine"],
+        report: Report = {"works": forced["engine"]["ok"], "answers": len(said), **forced["engine"]}
+        if exact is not None:
+            report["other_answers"] = _different(exact, said)
+        report["quantized"] = {
+            key: {"other_answers": _different(tokens, said), "forced": forced[key]}
+            for key, tokens in quantized.items()
         }
+        return report
 
     def attention(self, name: str, dtype: str, said: Sequence[Tokens] | None) -> Report:
         """`said`: in that dtype, by another attention; null where that is not known."""

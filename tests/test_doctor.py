@@ -279,7 +279,7 @@ def test_an_engine_that_is_wrong_in_a_small_room_is_found(folder: Path) -> None:
 
 def test_a_dtype_that_gives_wrong_answers_does_not_work(folder: Path) -> None:
     _, trials = examined(folder, all_tokens_wrong)
-    assert not trials.dtype("bfloat16", {})["works"]
+    assert not trials.dtype("bfloat16", exact=None, quantized={})["works"]
 
 
 def test_a_model_too_large_for_float32_here_is_not_said_to_be_exact(folder: Path) -> None:
