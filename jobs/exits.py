@@ -80,7 +80,10 @@ class StatusGroup(click.Group):
             error.show()
             status = error.exit_code
         except LavaflowError as error:
-            click.echo(f"Error: {error}", err=True)
+            # Imported here: pyarrow and fsspec, which an error of click's does not need.
+            from jobs.secrets import without_secrets
+
+            click.echo(f"Error: {without_secrets(str(error))}", err=True)
             status = status_of(error)
         except click.Abort:
             click.echo("Interrupted; the same command goes on from here.", err=True)

@@ -11,6 +11,7 @@ A record is JSON:
     removed               {ok, failed, skipped} that left since their shards changed or are gone
     retried               failed rows that gave way to other answers
     taken                 {ok, failed, skipped} that were taken over from another table
+    withheld              keys of the spec whose URLs were secret in part: without that
     seconds               {stage: seconds}: plan, open and fold in the driver; read, prepare,
                           generate and write summed over their workers
 
@@ -53,11 +54,16 @@ def recorded_spec(output: str) -> JobSpec:
     Raises SpecError where no record tells it.
     """
     records = _read_records(output)
-    jobs = [
-        build_spec(spec, origin=f"{output}/{name}")
-        for name, data in reversed(records.items())
-        if (spec := _spec_in(data)) is not None
-    ]
+    jobs: list[JobSpec] = []
+    for name, data in reversed(records.items()):
+        if (spec := _spec_in(data)) is None:
+            continue
+        if not jobs and (withheld := _json_in(data).get("withheld")):
+            raise SpecError(
+                f"{output}/{name}: what is secret in {', '.join(withheld)} is not written down; "
+                f"{_remedy(output)}"
+            )
+        jobs.append(build_spec(spec, origin=f"{output}/{name}"))
     if not jobs:
         found = f"none of {', '.join(records)} holds a spec" if records else "holds no run record"
         raise SpecError(f"{output}: {found} ({RUNS}/*.json); {_remedy(output)}")

@@ -22,6 +22,7 @@ from jobs.exits import Terminated
 from jobs.plan import Plan, plan
 from jobs.progress import Progress
 from jobs.records import RUNNING, failure_lines
+from jobs.secrets import recorded, told_record, without_secrets
 from jobs.stop import Stop
 from jobs.tolerance import Tolerance
 from pipeline.commit import AnswerTable, write_run_record
@@ -314,6 +315,7 @@ class _Run:
     def record(self, *, ended: str, patience_s: float | None = None) -> dict[str, Any]:
         """Write and return what happened; where the store refuses, say so and go on."""
         tally, before = self.table.tally, self.tally_before
+        spec, withheld = recorded(self.plan.job)
         elapsed_s = self._elapsed_s()
         new = {status: tally.counts[status] - before.counts[status] for status in STATUSES}
         new["failed"] += self.table.swapped
@@ -337,8 +339,10 @@ class _Run:
             "fingerprint": self.plan.fingerprint.to_json(),
             "resources": self.resources,
             "versions": {name: version(name) for name in RECORDED_VERSIONS},
-            "spec": self.plan.job.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+            "spec": spec,
+            "withheld": withheld,
         }
+        record = told_record(record)
         output = self.table.output
         if patience_s is not None:
             output = output.with_patience(patience_s)
@@ -352,6 +356,7 @@ class _Run:
         return time.monotonic() - self._start
 
     def _say(self, text: str) -> None:
+        text = without_secrets(text)
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

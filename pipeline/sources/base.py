@@ -44,6 +44,11 @@ class Shard:
     piece: tuple[int, int] = (0, 1)
     location: str | None = None
 
+    @property
+    def place(self) -> str:
+        """What is opened."""
+        return self.location or self.uri
+
 
 @dataclass(frozen=True)
 class Question:

@@ -7,13 +7,12 @@ that it names, but no image: one that is not there is found out when it is read.
 
 import gzip
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.sources.base import Shard
 from pipeline.sources.fetch import Fetcher
-from pipeline.sources.grouping import hash_of
-from pipeline.sources.uris import folder_of, is_web, shown
+from pipeline.sources.uris import folder_of, is_web, told_apart
 from pipeline.storage import Info, filesystem, identity_of, store_errors
 from schemas.errors import SpecError
 from schemas.job import SourceSpec, StorageSpec
@@ -31,17 +30,8 @@ def listed_images(path: str, spec: SourceSpec, fetcher: Fetcher) -> list[Shard]:
     identities = _identities(uris, spec.storage)
     return [
         Shard(name, identities.get(uri, UNKNOWN), rows=1, location=uri)
-        for uri, name in _told_apart(uris).items()
+        for uri, name in told_apart(uris).items()
     ]
-
-
-def _told_apart(uris: Iterable[str]) -> dict[str, str]:
-    """The URIs as people may see them; what differs in its query only gets a hash of it."""
-    sharing = Counter(map(shown, uris))
-    return {
-        uri: shown(uri) if sharing[shown(uri)] == 1 else f"{shown(uri)}#{hash_of(uri):016x}"
-        for uri in uris
-    }
 
 
 def _names(path: str, storage: StorageSpec) -> list[str]:

@@ -15,6 +15,7 @@ from pipeline.sources.base import IMAGE_SUFFIXES, KEY, Sample, Shard
 from pipeline.sources.fetch import Fetcher
 from pipeline.sources.filter import marked
 from pipeline.sources.imagelists import SUFFIXES, listed_images
+from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import filesystem, has_suffix, list_files, uri_of
 from pipeline.where import columns_of, where_of
 from schemas.errors import SpecError, StoreUnavailable
@@ -52,8 +53,9 @@ class Images:
     def _files(self) -> Iterator[Shard]:
         suffixes = [f".{suffix}" for suffix in IMAGE_SUFFIXES]
         if self._others:
-            for file in list_files(self._others, self.spec.storage, suffixes=suffixes):
-                yield Shard(file.uri, file.identity, rows=1)
+            files = list_files(self._others, self.spec.storage, suffixes=suffixes)
+            names = told_apart(file.uri for file in files)
+            yield from (shard_of(file, names, rows=1) for file in files)
 
     def expect(self, shards: Iterable[Shard]) -> None:
         self._due, self._failure = dict.fromkeys(shards), None
@@ -83,7 +85,7 @@ class Images:
     def _samples(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, Sample]]:
         named = ((self._sample(shard), shard) for shard in shards)
         asked = (
-            (pair, (pair[1].location or pair[1].uri) if pair[0].wants_image else None)
+            (pair, pair[1].place if pair[0].wants_image else None)
             for pair in marked(named, self._where)
         )
         for (sample, shard), image in self._fetcher.fetch_for(asked):

@@ -16,6 +16,7 @@ Where VQA's annotation JSON is given beside the questions (`*questions*.json`,
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from pipeline.sources.filter import marked
 from pipeline.sources.grouping import PutAside, hash_of
 from pipeline.sources.jsonrows import Entry, Layout, NoRow, open_rows
 from pipeline.sources.manifestrows import IMAGE_NAMES, Line, ManifestRows, Row, image_column
-from pipeline.sources.uris import shown
+from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import StoredFile, list_files
 from pipeline.where import where_of
 from schemas.errors import (
@@ -70,8 +71,12 @@ class Manifest:
     def list(self) -> Sequence[Shard]:
         """Every file, in as many pieces as its size calls for."""
         files = self._files()
+        names = told_apart(file.uri for file in files)
         return [
-            Shard(file.uri, self._identity(file, files), piece=(number, pieces))
+            replace(
+                shard_of(file, names, piece=(number, pieces)),
+                identity=self._identity(file, files),
+            )
             for file in files
             for pieces in [min(max(1, -(-file.size // PIECE_BYTES)), MOST_PIECES)]
             for number in range(pieces)
@@ -102,7 +107,7 @@ class Manifest:
             elif scan.layout == "annotations" and scan.error is None:
                 self._expect_questions(scan)
             named = _named_samples(aside, scan.rows(), annotations)
-            asked = self._asked(marked(named, self._where), beside=shard.uri)
+            asked = self._asked(marked(named, self._where), beside=shard.place)
             fetched = stack.enter_context(closing(self._fetcher.fetch_for(asked)))
             image: bytes | RowError | None = None
             for some, found in fetched:
@@ -162,7 +167,7 @@ class _Scan:
         self._spec, self._shard, self._aside, self._skip = spec, shard, aside, skip
         self._image: str | None = spec.columns.image
         self._header: Mapping[str, Any] = {}
-        self.name = shown(shard.uri)
+        self.name = shard.uri
         self.layout: Layout = "lines"
         self.rows_total = 0
         self.error: RowError | None = None
@@ -170,7 +175,7 @@ class _Scan:
     def run(self) -> None:
         """Raises StoreUnavailable, and JobError where there is no room to put rows aside."""
         try:
-            with open_rows(self._shard.uri, self._spec.storage) as file:
+            with open_rows(self._shard.place, self._spec.storage) as file:
                 self.layout, self._header = file.layout, file.header
                 for entry in file.entries():
                     if self.layout != "annotations":

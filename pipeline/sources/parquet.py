@@ -25,6 +25,7 @@ from pipeline.sources.fetch import Fetcher
 from pipeline.sources.filter import marked
 from pipeline.sources.rowgroups import GroupBroken, RowGroups, open_row_groups
 from pipeline.sources.tablerows import TableRows
+from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import list_files
 from pipeline.where import where_of
 from schemas.errors import ShardUnreadable, SpecError, StoreUnavailable
@@ -58,8 +59,9 @@ class Parquet:
     def list(self) -> Sequence[Shard]:
         """Every file, in as many pieces as its size calls for."""
         files = list_files(self._spec.paths, self._spec.storage, suffixes=SUFFIXES)
+        names = told_apart(file.uri for file in files)
         self._shards = [
-            Shard(file.uri, file.identity, piece=(number, pieces))
+            shard_of(file, names, piece=(number, pieces))
             for file in files
             for pieces in [max(1, -(-file.size // PIECE_BYTES))]
             for number in range(pieces)
@@ -106,7 +108,7 @@ class Parquet:
 
     def read(self, shard: Shard, *, skip: Ranges) -> Generator[Sample, None, int]:
         try:
-            with open_row_groups(shard.uri, self._spec.storage) as table:
+            with open_row_groups(shard.place, self._spec.storage) as table:
                 asked = self._asked(table, shard, skip=skip)
                 with closing(self._fetcher.fetch_for(asked)) as fetched:
                     for sample, image in fetched:
@@ -126,7 +128,7 @@ class Parquet:
         groups = len(table.ranges)
         for group in range(groups * number // pieces, groups * (number + 1) // pieces):
             for sample, path in marked(_samples(table, group, rows, skip=skip), self._where):
-                uri = path and self._fetcher.resolve(path, beside=shard.uri)
+                uri = path and self._fetcher.resolve(path, beside=shard.place)
                 yield sample, uri if sample.wants_image else None
 
 

@@ -4,8 +4,13 @@ Knows no store and opens nothing.
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from pipeline.sources.base import valid_text
+from pipeline.sources.base import Shard, valid_text
+from pipeline.sources.grouping import hash_of
+from pipeline.storage import StoredFile
 
 MOST_CHARACTERS = 1000
 
@@ -52,6 +57,23 @@ def shown(uri: str) -> str:
         host, slash, path = rest.partition("/")
         uri = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
     return valid_text(uri if len(uri) <= MOST_CHARACTERS else f"{uri[:MOST_CHARACTERS]}...")
+
+
+def told_apart(uris: Iterable[str]) -> dict[str, str]:
+    """The URIs as people may see them; what differs in its query only gets a hash of it."""
+    shown_as = {uri: shown(uri) for uri in uris}
+    sharing = Counter(shown_as.values())
+    return {
+        uri: name if sharing[name] == 1 else f"{name}#{hash_of(uri):016x}"
+        for uri, name in shown_as.items()
+    }
+
+
+def shard_of(file: StoredFile, names: Mapping[str, str], **told: Any) -> Shard:
+    """The file as a shard under its name of `told_apart`."""
+    name = names[file.uri]
+    location = None if name == file.uri else file.uri
+    return Shard(name, file.identity, location=location, **told)
 
 
 def _without_query(uri: str) -> str:

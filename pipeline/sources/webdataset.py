@@ -31,6 +31,7 @@ from pipeline.sources.base import (
 from pipeline.sources.filter import marked
 from pipeline.sources.jsonvalues import json_text, label, parsed
 from pipeline.sources.questions import parse_conversation, parse_questions
+from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import list_files
 from pipeline.where import columns_of, where_of
 from schemas.errors import (
@@ -86,7 +87,8 @@ class WebDataset:
 
     def list(self) -> Sequence[Shard]:
         files = list_files(self.spec.paths, self.spec.storage, suffixes=SHARD_SUFFIXES)
-        return [Shard(file.uri, file.identity) for file in files]
+        names = told_apart(file.uri for file in files)
+        return [shard_of(file, names) for file in files]
 
     def expect(self, shards: Iterable[Shard]) -> None:
         """A shard is read by itself."""
@@ -102,7 +104,7 @@ class WebDataset:
     ) -> Generator[tuple[Sample, None], None, int | None]:
         index = 0
         try:
-            with open_archive(shard.uri, self.spec.storage) as archive:
+            with open_archive(shard.place, self.spec.storage) as archive:
                 for group in self._groups(archive, skip=skip):
                     if index >= skip.tail:
                         return None
