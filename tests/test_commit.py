@@ -19,6 +19,7 @@ from pipeline.sources.base import Shard
 from pipeline.storage import Output
 from schemas.errors import JobError, OutputHeld, SpecError
 from schemas.job import OutputSpec, StorageSpec
+from schemas.tables import SCHEMA_VERSION
 from tests.answered import FINGERPRINT, IDENTITY, FreeLease, end, failed, identities, row
 from tests.committing import SHARDS, Run
 from tests.s3 import S3Server
@@ -304,6 +305,28 @@ def test_a_changed_question_is_refused_and_an_added_one_is_not(tmp_path: Path) -
     Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, {**asked, "new": "n1"}))
     with pytest.raises(SpecError, match="question 'caption': was 'c1', is now 'c2'"):
         Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, {**asked, "caption": "c2"}))
+
+
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_a_table_of_another_schema_version_is_refused_with_a_remedy_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folded: bool
+) -> None:
+    run = Run(tmp_path)
+    name = run.write(row(0), failed(1, ["caption"]), end(2))
+    if is_folded:
+        run.table.finish()
+        (name,) = run.files("answers")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    monkeypatch.setattr("pipeline.footer.SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    with pytest.raises(JobError) as error:
+        Run(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/{name}: footer version {SCHEMA_VERSION}, this lavaflow reads "
+        f"{SCHEMA_VERSION + 1}; use the lavaflow that wrote it, or another output.path"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == files
+    monkeypatch.undo()
+    assert Run(tmp_path).table.tally.rows == 2
 
 
 def test_other_columns_are_refused(tmp_path: Path) -> None:
