@@ -76,7 +76,8 @@ def history(output: str) -> list[dict[str, Any]]:
     Raises SpecError where there is none.
     """
     found = [_json_in(data) for data in _read_records(output).values()]
-    records = [{k: v for k, v in r.items() if k != "spec"} for r in found if "run_id" in r]
+    whole = [r for r in found if r.keys() >= {"run_id", "ended", "elapsed_s", "new", "counts"}]
+    records = [{key: value for key, value in r.items() if key != "spec"} for r in whole]
     if not records:
         raise SpecError(f"{output}: holds no run record ({RUNS}/*.json); check the path")
     return records

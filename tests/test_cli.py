@@ -19,8 +19,10 @@ from click.testing import CliRunner, Result
 from jobs.cli import main
 from jobs.demo import demo_spec, showcase
 from jobs.exits import StatusGroup
+from jobs.load import dump_spec
 from jobs.records import recorded_spec, summary
 from schemas.errors import JobError, SpecError
+from tests.whole_jobs import job_of
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = {"torch", "ray", "transformers", "pyarrow", "fsspec", "pydantic", "rich", "numpy"}
@@ -57,6 +59,14 @@ def test_help_answers_in_half_a_second() -> None:
 
     # The quickest of a few: a busy machine says nothing about the command.
     assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_a_fork_onto_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(dump_spec(job_of(tmp_path / "in", tmp_path / "out")))
+    arguments = ["run", str(tmp_path / "job.yaml"), "--fork", f"{tmp_path}/in/../out"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert "out: is output.path itself; name another place" in done.output
 
 
 def test_commands_are_listed_in_the_order_of_use() -> None:
