@@ -86,10 +86,10 @@ def test_too_many_failures_end_with_status_3_and_are_told(asked: Asked) -> None:
     assert lenient.returncode == 0, lenient.stderr
     assert lavaflow("verify", "out", cwd=asked.folder).returncode == 0
 
-    none = lavaflow("retry", "out", "--class", "ImageMissing", "--json", cwd=tmp_path)
+    none = lavaflow("retry", "out", "--class", "ImageMissing", "--json", cwd=asked.folder)
     assert none.returncode == 0, none.stderr
     assert sum(json.loads(none.stdout)["new"].values()) == 0
-    listed = lavaflow("runs", "out", "--json", cwd=tmp_path)
+    listed = lavaflow("runs", "out", "--json", cwd=asked.folder)
     assert [run["new"]["failed"] for run in json.loads(listed.stdout)] == [3, 0, 0]
 
 

@@ -1,12 +1,17 @@
 """The slots engine against transformers' `generate` on each prompt alone, unpadded."""
 
 import copy
+import gc
 import itertools
+import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
 from pipeline.engine import grid, live, prefill, step
-from pipeline.engine.kv import shape_of
+from pipeline.engine.kv import KVArena, shape_of
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
@@ -285,6 +290,42 @@ def test_a_row_that_does_not_fit_alone_fails_and_its_siblings_do_not(llama: Know
         fits = length <= room or length - prefix <= room
         assert isinstance(outcome, Answer if fits else DeviceOutOfMemory)
     llama.check(engine, groups_of([1], random.Random(1)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_an_allocation_that_really_fails_fails_its_row_only() -> None:
+    """Short prompts are answered as without a limit, beside the long one and after it."""
+    run = [sys.executable, "-m", "tests.scarce", "limited"]
+    found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    name, message = found.pop("long")
+    assert name == "DeviceOutOfMemory"
+    assert "does not fit the memory of cpu" in message
+    assert found == {"equal": True, "after": True}
+
+
+def test_keys_and_values_never_take_more_than_the_budget(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rooms follow each other, and nothing is left behind by ten times the rows."""
+    arenas: WeakSet[KVArena] = WeakSet()
+    taken: list[int] = []
+    make = KVArena.__init__
+
+    def counted(arena: KVArena, *args: Any, **options: Any) -> None:
+        make(arena, *args, **options)
+        arenas.add(arena)
+        taken.append(sum(each._data.nbytes for each in arenas))
+
+    monkeypatch.setattr(KVArena, "__init__", counted)
+    engine = llama.engine(slots=6)
+    tensors = []
+    for call in range(10):
+        llama.check(engine, groups_of([1, 12, 3, 1, 2][: 1 + call % 5], random.Random(call)))
+        tensors.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+    assert max(taken) <= engine._room.budget_bytes
+    assert max(taken) > engine._room.budget_bytes / 2
+    assert len(taken) > 4
+    assert max(tensors[5:]) <= max(tensors[:5])
 
 
 def test_an_image_that_does_not_fit_fails_all_its_questions(llama: Known) -> None:

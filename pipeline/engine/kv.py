@@ -72,6 +72,10 @@ class KVArena:
         width = min(self.width, other.width)
         self._data[:, :, :sequences, :, :width] = other._data[:, :, :sequences, :, :width]
 
+    def free(self) -> None:
+        """It has no place for anything then."""
+        self._data = self._data.new_empty(0)
+
     def clear(self, place: int) -> None:
         """Zero a sequence whose numbers are not finite."""
         self._data[:, :, place] = 0

@@ -255,6 +255,11 @@ class Live:
             alone=torch.from_numpy(alone).to(device) if alone.any() else None,
         )
 
+    def free(self) -> None:
+        """Give up the memory, whoever still holds this."""
+        self.prefixes.free()
+        self.branches.free()
+
     def resized(self, shape: Shape, size: Size) -> "Live":
         """The same with more room; what is at work is copied."""
         other = Live.empty(shape, size)

@@ -43,7 +43,8 @@ class Room:
             return live
         if live is not None and at_work:
             return self._larger(live, live.size.with_at_least(wanted))
-        del live
+        if live is not None:
+            live.free()
         release_cached(self._shape.device)
         return self._new(wanted)
 
