@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
-from pipeline.engine import grid, live, prefill, step
+from pipeline.engine import grid, live, prefill, slots, step
 from pipeline.engine.kv import KVArena, shape_of
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Prefix, Request
@@ -307,7 +307,7 @@ def test_keys_and_values_never_take_more_than_the_budget(
     llama: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However rooms follow each other, and nothing is left behind by ten times the rows."""
-    arenas: WeakSet[KVArena] = WeakSet()
+    arenas: weakref.WeakSet[KVArena] = weakref.WeakSet()
     taken: list[int] = []
     make = KVArena.__init__
 
@@ -440,6 +440,25 @@ def test_prompts_without_an_image_are_answered(llama: Known) -> None:
     for answer in itertools.chain(*outcomes):
         assert isinstance(answer, Answer)
         assert list(answer.token_ids) == expected
+
+
+def test_an_engine_that_nobody_asks_any_more_is_freed(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "LINGER_S", 0.05)
+    engine = llama.engine()
+    llama.check(engine, [[0], [1, 5]])
+    thread = engine._thread
+    assert thread
+    thread.join(timeout=30)
+    llama.check(engine, [[0], [1, 5]])
+    again, freed = engine._thread, weakref.ref(engine)
+    assert again
+    del engine
+    again.join(timeout=30)
+    del thread, again
+    gc.collect()
+    assert freed() is None
 
 
 def test_requests_without_branches_and_empty_calls_give_nothing(llama: Known) -> None:

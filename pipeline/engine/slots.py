@@ -34,6 +34,9 @@ CPU_PREFILL_TOKENS = 1024
 PREFILL_TOKENS = 16384
 """Of one pass, about: enough to keep a device busy, on a CPU few enough to stay in its caches."""
 
+LINGER_S = 2.0
+"""That the thread waits for more work."""
+
 T = TypeVar("T")
 
 
@@ -132,11 +135,17 @@ class SlotsEngine:
     def _run(self) -> None:
         while True:
             with self._arrived:
-                self._arrived.wait_for(lambda: self._queue or (self._live and self._live.at_work))
+                if not self._arrived.wait_for(self._has_work, timeout=LINGER_S):
+                    # Nothing holds an engine then that nobody asks any more.
+                    self._thread = None
+                    return
             try:
                 self._round()
             except Exception as error:  # noqa: BLE001 (raised by those who wait)
                 self._fail_all(error)
+
+    def _has_work(self) -> bool:
+        return bool(self._queue) or (self._live is not None and bool(self._live.at_work))
 
     def _round(self) -> None:
         while fillings := self._next_fillings():
