@@ -16,7 +16,7 @@ from jobs.doctor_command import doctor
 from jobs.exits import Status, StatusGroup, print_result
 
 if TYPE_CHECKING:
-    from jobs.run import Fork, Retry
+    from jobs.run import Mode
     from schemas.job import JobSpec
 
 
@@ -135,6 +135,12 @@ def ask(source: str, questions: tuple[str, ...], **options: Any) -> None:
     metavar="NEW_DST",
     help="Answer into NEW_DST, beginning with what still holds of the answers in output.path.",
 )
+@click.option(
+    "--force",
+    "is_forced",
+    is_flag=True,
+    help="Answer again what was answered otherwise, and replace it part by part.",
+)
 @_limit
 @_set
 @_address
@@ -142,15 +148,22 @@ def ask(source: str, questions: tuple[str, ...], **options: Any) -> None:
 def run(
     spec: str,
     fork: str | None,
-    limit: int | None,
-    overrides: tuple[str, ...],
+    is_forced: bool,
     **options: Any,
 ) -> None:
     """Run the job of a spec file, or what is left of it."""
     from jobs.load import load_spec
 
-    job = load_spec(spec, _limited(overrides, limit))
-    if fork is None:
+    job = load_spec(spec, _limited(options.pop("overrides"), options.pop("limit")))
+    if is_forced and (fork is not None or job.source.limit is not None):
+        raise click.UsageError(
+            "--force replaces the whole table: leave out --fork, --limit and source.limit"
+        )
+    if is_forced:
+        from jobs.run import Force
+
+        _run(job, mode=Force(), **options)
+    elif fork is None:
         _run(job, **options)
     else:
         from jobs.records import with_output
@@ -423,7 +436,7 @@ def _run(
     *,
     address: str | None,
     as_json: bool,
-    mode: "Retry | Fork | None" = None,
+    mode: "Mode | None" = None,
     closing: Callable[["JobSpec"], str] | None = None,
 ) -> None:
     """Run the job, print what came of it, exit with 3 where too many rows failed."""

@@ -71,8 +71,16 @@ class Fork:
     origin: OutputSpec
 
 
+@dataclass(frozen=True)
+class Force:
+    """What a run does that replaces what was answered otherwise, part by part."""
+
+
+Mode = Retry | Fork | Force
+
+
 def run_job(
-    job: JobSpec, *, address: str | None, console: Console, mode: Retry | Fork | None = None
+    job: JobSpec, *, address: str | None, console: Console, mode: Mode | None = None
 ) -> RunResult:
     """Answer everything that the job asks and its output does not hold yet; or what has failed.
 
@@ -86,6 +94,8 @@ def run_job(
     run.seconds["plan"] = time.monotonic() - start
     with run.stop, store_failures_as_job_errors(run.table.output), run.hold() as lease:
         with run.timed("open"):
+            if isinstance(mode, Force):
+                run.table.force()
             run.table.recover(lease)
             run.table.open(planned.shards, on_change=job.source.on_change)
             run.begin()
@@ -100,7 +110,7 @@ class _Run:
     table: AnswerTable
     console: Console
     stop: Stop
-    mode: Retry | Fork | None = None
+    mode: Mode | None = None
     run_id: str = field(default_factory=lambda: new_run_id())
     started_at: datetime.datetime = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)

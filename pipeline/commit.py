@@ -9,6 +9,7 @@ it leaves what the next run finishes. Whoever lists `answers/` sees every row at
 Leftovers in `.tmp` are of publications that never happened, and harmless. Knows no ray.
 """
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from pipeline.compatibility import (
 from pipeline.coverage import Coverage, Ranges
 from pipeline.fold import Part, Shards, Share, added_coverage, cut, fold_parts, rows_of
 from pipeline.footer import Fingerprint, Footer, Tally
+from pipeline.force import Outdated
 from pipeline.intents import Intent, Intents
 from pipeline.ledger import Ledger
 from pipeline.parts import (
@@ -87,11 +89,19 @@ class AnswerTable:
         self._staged: dict[str, Share] = {}
         self._again: dict[str, Footer] = {}
         self._covered: set[str] = set()
+        self._is_forced = False
+        self._outdated: dict[str, Footer] = {}
+        self._wanted: dict[str, Outdated] = {}
+        self._reserved: dict[str, Share] = {}
         self.versions = ALL_STAND
         self.coverage = Coverage()
         """What is answered, folded or staged; grows as parts are committed."""
         self.swapped = 0
         """Failed rows that have given way to other answers."""
+
+    def force(self) -> None:
+        """From now on, what was answered otherwise is no reason to refuse: it is to be replaced."""
+        self._is_forced = True
 
     def recover(self, lease: Holder) -> None:
         """Become the one that writes: finish what a run that is no more has left open.
@@ -117,10 +127,11 @@ class AnswerTable:
         staged = self._read_staged_infos()
         answered = Coverage([*self.coverage, *(s for part in staged for s in part.footer.shards)])
         self.versions = Versions.of(shards, answered, on_change=on_change)
+        self._wanted.clear()
         check_source(self.versions, answered, place=self.output.uri)
         self.coverage = Coverage(self.versions.standing(self.coverage))
         for part in staged:
-            self._stage(part.name, part.footer)
+            self._stage(part.name, part.footer, part.schema)
         units = self._fingerprint.questions
         if added := added_questions(self.coverage, shards, units=units):
             check_own_ids(self.output, [*self._ledger.names, *self._staged], added=added)
@@ -219,6 +230,46 @@ class AnswerTable:
         self.output.publish(name, part_bytes(answers, footer))
         self._stage(name, footer)
 
+    def _to_replace(self) -> list[Outdated]:
+        for name, footer in self._outdated.items():
+            if name not in self._wanted:
+                self._wanted[name] = Outdated.of(name, footer, self._fingerprint, self.versions)
+        return [self._wanted[name] for name in self._outdated]
+
+    def _replace_outdated(self) -> None:
+        """Write the parts again whose rows are all answered anew."""
+        if not self._outdated:
+            return
+        there = self.output.identities(ANSWERS, suffix=SUFFIX)
+        revision = Revision(self.output, [], there=there, check=self._lease.check)
+        for outdated in self._to_replace():
+            reserved = Coverage(s for share in self._reserved.values() for s in share.shards)
+            if outdated.is_covered(reserved, self.coverage):
+                self._replace_part(outdated, revision)
+        left = self._to_replace()
+        for name, share in list(self._reserved.items()):
+            if not share.shards:
+                self._covered.add(name)
+            elif not any(each.is_overlapping(share.shards) for each in left):
+                self._staged[name] = share
+            else:
+                continue
+            del self._reserved[name]
+        self._remove_covered()
+
+    def _replace_part(self, outdated: Outdated, revision: Revision) -> None:
+        split = {name: outdated.split(share.shards) for name, share in self._reserved.items()}
+        split = {name: (taken, rest) for name, (taken, rest) in split.items() if taken}
+        parts = self._read_parts(split)
+        answers, footer = self._schema.empty_table(), Footer((), self._fingerprint)
+        if parts:
+            answers, footer = fold_parts(parts, [taken for taken, _ in split.values()])
+        revision.rewrite(outdated.name, answers, footer)
+        del self._outdated[outdated.name]
+        self._ledger.add(outdated.name, footer)
+        for part, (name, (_, rest)) in zip(parts, split.items(), strict=True):
+            self._reserved[name] = Share(name, rest, tally_of(rows_of(part, rest)))
+
     def _revision(self) -> Revision:
         there = self.output.identities(ANSWERS, suffix=SUFFIX)
         parts = self._read_infos(self._ledger.names)
@@ -227,7 +278,8 @@ class AnswerTable:
     @property
     def tally(self) -> Tally:
         """What became of all rows so far."""
-        return reduce(add, (share.tally for share in self._staged.values()), self._ledger.tally)
+        shares = itertools.chain(self._staged.values(), self._reserved.values())
+        return reduce(add, (share.tally for share in shares), self._ledger.tally)
 
     def commit(self, receipt: pa.Table) -> None:
         """Take note of parts that are staged and durable."""
@@ -238,6 +290,7 @@ class AnswerTable:
         """Fold staged parts while they fill a file. Raises OutputHeld where the lease is lost."""
         if sum(footer.tally.rows for footer in self._again.values()) >= self._rows_per_file:
             self.replace_failed()
+        self._replace_outdated()
         while sum(share.tally.rows for share in self._staged.values()) >= self._rows_per_file:
             self._fold_file()
         self._remove_covered()
@@ -246,6 +299,7 @@ class AnswerTable:
         """Fold everything that is staged, whoever staged it; leaves staging empty."""
         self._read_staged()
         self.replace_failed()
+        self._replace_outdated()
         while self._staged:
             self._fold_file()
         self.close()
@@ -257,20 +311,23 @@ class AnswerTable:
 
     def _read_answers(self) -> None:
         there = self.output.identities(ANSWERS, suffix=SUFFIX)
-        if not self._ledger.names and (ledger := Ledger.read(self.output, there=there)):
+        is_new = not self._ledger.names and not self._is_forced
+        if is_new and (ledger := Ledger.read(self.output, there=there)):
             self._check(ledger.fingerprint, ledger.schema, name=ANSWERS)
             self._ledger = ledger
             self.coverage.add_all(ledger.coverage)
-        for part in self._read_infos(there.keys() - self._ledger.names):
-            self._add_part(part.name, part.footer)
+        for part in self._read_infos(there.keys() - self._ledger.names - self._outdated.keys()):
+            self._add_part(part.name, part.footer, part.schema)
 
     def _read_staged(self) -> None:
         for part in self._read_staged_infos():
-            self._stage(part.name, part.footer)
+            self._stage(part.name, part.footer, part.schema)
 
     def _read_staged_infos(self) -> list[PartInfo]:
         names = set(self.output.names(STAGING, suffix=SUFFIX))
-        return self._read_infos(names - self._staged.keys() - self._again.keys() - self._covered)
+        return self._read_infos(
+            names - self._staged.keys() - self._again.keys() - self._reserved.keys() - self._covered
+        )
 
     def _read_infos(self, names: set[str]) -> list[PartInfo]:
         with ThreadPoolExecutor(READERS) as pool:
@@ -280,17 +337,29 @@ class AnswerTable:
         return parts
 
     def _check(self, fingerprint: Fingerprint, schema: pa.Schema, *, name: str) -> None:
+        if self._is_forced:
+            return
         place = f"{self.output.uri}/{name}"
         check_fingerprint(fingerprint, self._fingerprint, place=place)
         check_schema(schema, self._schema, place=place)
 
-    def _add_part(self, name: str, footer: Footer) -> None:
+    def _is_outdated(self, footer: Footer, schema: pa.Schema) -> bool:
+        is_other = bool(footer.fingerprint.differences(self._fingerprint))
+        return self._is_forced and (is_other or not schema.equals(self._schema))
+
+    def _add_part(self, name: str, footer: Footer, schema: pa.Schema) -> None:
+        if self._is_outdated(footer, schema):
+            self._outdated[name] = footer
+            return
         self._ledger.add(name, footer)
         self.coverage.add_all(footer.shards)
 
-    def _stage(self, name: str, footer: Footer) -> None:
+    def _stage(self, name: str, footer: Footer, schema: pa.Schema | None = None) -> None:
         """Take a staged part's share: what nothing that is known covers already."""
-        if name in self._staged or name in self._again:
+        if name in self._staged or name in self._again or name in self._reserved:
+            return
+        if self._is_outdated(footer, self._schema if schema is None else schema):
+            self._covered.add(name)
             return
         if footer.again:
             self._again[name] = footer
@@ -304,7 +373,8 @@ class AnswerTable:
         if shards != footer.shards:
             (part,) = self._read_parts([name])
             tally = tally_of(rows_of(part, shards))
-        self._staged[name] = Share(name, shards, tally)
+        to_come = any(each.is_overlapping(shards) for each in self._to_replace())
+        (self._reserved if to_come else self._staged)[name] = Share(name, shards, tally)
         self.coverage.add_all(shards)
 
     def _fold_file(self) -> None:
@@ -353,11 +423,11 @@ class AnswerTable:
         What a run recorded after it had lost its lease is no work: it never published that, and
         the parts may have been folded otherwise since.
         """
-        if intent.part not in self._ledger.names:
+        if not self._is_known(intent.part):
             parts = self._read_if_there(intent.staged)
             # The run may be at it still, and just be done.
             self._read_answers()
-        if intent.part not in self._ledger.names:
+        if not self._is_known(intent.part):
             if parts is None or self._ledger.coverage.overlaps(intent.shards):
                 return
             answers, footer = fold_parts(parts, list(intent.staged.values()))
@@ -365,6 +435,9 @@ class AnswerTable:
             self._publish(intent.part, answers, footer)
         self._covered |= set(intent.emptied)
         self._remove_covered()
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._ledger.names or name in self._outdated
 
     def _publish(self, name: str, answers: pa.Table, footer: Footer) -> None:
         if not self.output.publish(name, part_bytes(answers, footer)):
@@ -376,9 +449,11 @@ class AnswerTable:
                     f"{self.output.uri}/{name} is there and covers something else; move it away "
                     "and run the job again: what it held is answered again"
                 )
-        self._add_part(name, footer)
+        self._add_part(name, footer, answers.schema)
 
     def _write_ledger(self) -> None:
+        if self._outdated:
+            return
         self._ledger.write(self.output, there=self.output.identities(ANSWERS, suffix=SUFFIX))
 
     def _remove_covered(self) -> None:

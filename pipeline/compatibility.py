@@ -19,7 +19,10 @@ from pipeline.versions import Versions
 from schemas.ask import ROW_QUESTIONS
 from schemas.errors import SpecError
 
-REMEDY = "Run it with --fork NEW_DST, which starts another table with the answers that still hold"
+REMEDY = (
+    "Run it with --fork NEW_DST, which starts another table with the answers that still hold, or "
+    "with --force, which replaces this one part by part"
+)
 PLACE = ("source_uri", "source_index", "question_id")
 
 

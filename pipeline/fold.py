@@ -32,7 +32,7 @@ class Share:
 
 def added_coverage(shards: Iterable[ShardCoverage], *, covered: Coverage) -> Shards:
     """What `shards` cover and `covered` does not; shards that add nothing are left out."""
-    return _telling(_added(shard, covered.of(shard.uri, shard.identity)) for shard in shards)
+    return telling(_added(shard, covered.of(shard.uri, shard.identity)) for shard in shards)
 
 
 def rows_of(part: Part, shards: Shards) -> pa.Table:
@@ -75,7 +75,7 @@ def cut(part: Part, shards: Shards, *, most: int, is_first: bool) -> tuple[Shard
             tail.append(replace(shard, units=_units(shard, lambda r: r - before)))
         else:
             (head if shard.uri < uri else tail).append(shard)
-    return _telling(head), _telling(tail)
+    return telling(head), telling(tail)
 
 
 def _place(places: pa.Table, number: int) -> tuple[str, int]:
@@ -119,7 +119,7 @@ def _units(shard: ShardCoverage, change: Callable[[Ranges], Ranges]) -> dict[str
     return {unit: ranges for unit, ranges in changed.items() if ranges.pairs}
 
 
-def _telling(shards: Iterable[ShardCoverage]) -> Shards:
+def telling(shards: Iterable[ShardCoverage]) -> Shards:
     """Those that say anything."""
     return tuple(s for s in shards if s.units or s.rows_total is not None)
 

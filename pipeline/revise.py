@@ -58,7 +58,7 @@ class Revision:
             elif standing != footer.shards:
                 answers = rows_of(read_part(self._output, name), standing)
                 kept = replace(footer, shards=standing, tally=tally_of(answers))
-                self._rewrite(name, answers, kept)
+                self.rewrite(name, answers, kept)
 
     def swap(self, swaps: Mapping[str, Sequence[Swap]], answers: pa.Table, *, new: Footer) -> None:
         """Put new answers in the place of failed rows, in each part that has such."""
@@ -71,10 +71,10 @@ class Revision:
             shards = tuple(_without_end(shard, ends) for shard in footer.shards)
             if shards != footer.shards and name not in swaps:
                 answers_there, _ = read_part(self._output, name)
-                self._rewrite(name, answers_there, replace(footer, shards=shards))
+                self.rewrite(name, answers_there, replace(footer, shards=shards))
         for name, of_part in swaps.items():
             part = swapped(read_part(self._output, name), of_part, answers, new=new)
-            self._rewrite(name, *part)
+            self.rewrite(name, *part)
 
     def rows_at(self, places: Mapping[Place, object], *, covered: Coverage) -> pa.Table:
         """PLACE, OUTCOME and PART of all rows there. `covered`: what is covered at these places."""
@@ -91,7 +91,8 @@ class Revision:
         with ThreadPoolExecutor(READERS) as pool:
             return pa.concat_tables([NO_ROWS, *pool.map(read, names)])
 
-    def _rewrite(self, name: str, answers: pa.Table, footer: Footer) -> None:
+    def rewrite(self, name: str, answers: pa.Table, footer: Footer) -> None:
+        """Put this in the place of a part, once. Raises as `check` does."""
         data = part_bytes(answers, footer)
         if not self._output.rewrite(name, data, was=self._there[name], check=self._check):
             self._check_is(name, data)

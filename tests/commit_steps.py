@@ -7,7 +7,8 @@ A step is one thing that the store is made to do: a link, a rename, a sync, a re
 is stopped there, another run takes the output over and completes it, then the first goes on.
 After each the table is compared with what it has to hold. Prints JSON; ends with 1 on a fault.
 `--night changed`: the output is complete, and the source is another one since; `retried`: what
-failed in it is answered again; `forked`: it begins another table, for which a question has changed.
+failed in it is answered again; `forked`: it begins another table, for which a question has changed;
+`forced`: so it has, and the table is replaced.
 Real processes, forked from this one, which keeps clear of threads and stores.
 """
 
@@ -134,26 +135,47 @@ class Forked(Night):
                     yield [{**each, **told} for each in rows]
 
 
+class Forced(Night):
+    """Everything is answered anew; all along, a reader finds all answers, old or new."""
+
+    @property
+    def expected(self) -> list[tuple[Any, ...]]:
+        return sorted(((*place[:3], FORCED) for place in super().expected), key=str)
+
+    def missing(self, table: AnswerTable) -> Iterator[list[dict[str, Any]]]:
+        for rows in super().missing(table):
+            yield [{**each, "run_id": FORCED} if "run_id" in each else each for each in rows]
+
+
 def unit_of(answer: dict[str, Any]) -> str | None:
     question_id = answer["question_id"]
     return question_id if question_id in (None, "caption", "colour") else "questions"
 
 
-FORKED = "forked"
+FORKED, FORCED = "forked", "forced"
 OTHER = replace(FINGERPRINT, questions={**FINGERPRINT.questions, "colour": "k2"})
 AGAIN, ANSWERED = "again", ["caption", "colour", "own"]
 FIRST = Night({"a.tar": (IDENTITY, 6), "b.tar": (IDENTITY, 3), "c.tar": (IDENTITY, 0)}, new=12)
 CHANGED = Night({"a.tar": (IDENTITY, 6), "b.tar": ("etag-2", 4), "d.tar": (IDENTITY, 1)}, new=7)
 RETRIED = Retried({**FIRST.shards}, new=3)
 FORK = Forked({**FIRST.shards}, new=9)
-NIGHTS = {"first": FIRST, "changed": CHANGED, "retried": RETRIED, "forked": FORK}
+FORCE = Forced({**FIRST.shards}, new=12)
+NIGHTS = {
+    "first": FIRST,
+    "changed": CHANGED,
+    "retried": RETRIED,
+    "forked": FORK,
+    "forced": FORCE,
+}
 
 
 def run(spec: OutputSpec, night: Night, *, answered_log: Path) -> None:
     """Answer what is missing, in batches; every second one is staged again with other borders."""
     ledger.UNRECORDED_PARTS = 1
-    fingerprint = OTHER if isinstance(night, Forked) else FINGERPRINT
+    fingerprint = OTHER if isinstance(night, Forked | Forced) else FINGERPRINT
     table = AnswerTable(spec, keep={}, fingerprint=fingerprint)
+    if isinstance(night, Forced):
+        table.force()
     options = {"run_id": f"run-{os.getpid()}", "timeout_s": spec.lease_timeout_s}
     with hold(table.output, say=lambda _: None, **options) as lease:
         table.recover(lease)
@@ -193,6 +215,9 @@ def check_table(
     there = [(r["source_uri"], r["source_index"], r["question_id"], r["run_id"]) for r in rows]
     identities = [place[:3] for place in there]
     assert len(identities) == len(set(identities)), f"doubled: {sorted(there, key=str)}"
+    if night is FORCE:
+        gone = {place[:3] for place in FIRST.expected} - set(identities)
+        assert not gone, f"gone: {sorted(gone, key=str)}"
     most = NEXT_ROWS_PER_FILE * (len(ANSWERED) if isinstance(night, Retried) else 1)
     assert all(table.num_rows <= most for table in tables)
     if night is not FIRST and night is not FORK:

@@ -26,9 +26,12 @@ class Run:
         on_change: OnChange = "replace",
         **output: Any,
     ) -> None:
+        is_forced = output.pop("is_forced", False)
         self.spec = OutputSpec(path=str(path), **{"rows_per_file": 4, **output})
         self.fingerprint = fingerprint
         self.table = AnswerTable(self.spec, keep={}, fingerprint=fingerprint)
+        if is_forced:
+            self.table.force()
         self.lease = FreeLease()
         self.table.recover(self.lease)
         self.table.open(shards, on_change=on_change)

@@ -94,7 +94,7 @@ def test_a_refusal_names_the_fork(first: Run) -> None:
     assert str(error.value) == (
         f"{first.spec.path}/answers was answered otherwise: question 'colour': was 'k1', is now "
         "'k2'. Run it with --fork NEW_DST, which starts another table with the answers that still "
-        "hold, or put the old value back"
+        "hold, or with --force, which replaces this one part by part, or put the old value back"
     )
     with pytest.raises(SpecError, match=r"prompt: was None, is now string\. Run it with --fork"):
         Run(first.spec.path, prompts=True)

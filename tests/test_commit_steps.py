@@ -14,7 +14,7 @@ from tests.whole_jobs import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-STEPS = {"first": 80, "changed": 80, "retried": 40, "forked": 80}
+STEPS = {"first": 80, "changed": 80, "retried": 40, "forked": 80, "forced": 80}
 """At least so many does a run have, before and after each of which it is interrupted; on an object
 store half as many."""
 
@@ -40,6 +40,8 @@ def attempts(path: object, log: Path, *options: object) -> int:
         ("retried", "kill", 9),
         ("retried", "sleep", 18),
         ("forked", "kill", 12),
+        ("forced", "kill", 12),
+        ("forced", "sleep", 24),
     ],
 )
 def test_on_a_local_disk(tmp_path: Path, night: str, act: str, every: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs.run import Fork, Retry, run_job
+from jobs.run import Force, Fork, Retry, run_job
 from jobs.verify import verify
 from pipeline.coverage import ShardCoverage
 from pipeline.encode import Encode
@@ -247,6 +247,20 @@ class TestOnTwoCores:
         }
         assert verify(job).ok
         assert verify(finished.job).ok
+
+    def test_force_answers_again_what_was_answered_otherwise(
+        self, finished: Finished, tmp_path: Path
+    ) -> None:
+        changed = AskPrompt(id="shape", prompt="what shape is in the image?")
+        job = finished.copy(tmp_path)
+        job = job.model_copy(update={"ask": (changed, *finished.job.ask[1:])})
+        names = sorted(os.listdir(tmp_path / "out/answers"))
+        console = Console(file=io.StringIO())
+        result = run_job(job, address=None, console=console, mode=Force())
+        assert result.record["new"] == {"ok": 48, "failed": 0, "skipped": 0}
+        assert {row["run_id"] for row in answers(tmp_path / "out")} == {result.record["run_id"]}
+        assert sorted(os.listdir(tmp_path / "out/answers")) == names
+        assert verify(job).ok
 
     def test_after_a_fault_is_mended_what_it_failed_is_answered_again(self, tmp_path: Path) -> None:
         for number in range(4):
