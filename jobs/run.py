@@ -337,7 +337,7 @@ class _Run:
             "elapsed_s": round(elapsed_s, 3),
             "first_answer_s": self.first_answer_s and round(self.first_answer_s, 3),
             "answers_per_s": round(sum(new.values()) / elapsed_s, 3) if elapsed_s else 0.0,
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "seconds": {stage: round(seconds, 6) for stage, seconds in self.seconds.items()},
             "table": f"{self.table.output.uri}/{ANSWERS}",
             "shards": self._shards,
             "counts": dict(tally.counts),

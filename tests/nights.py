@@ -22,7 +22,7 @@ from pipeline.footer import Fingerprint
 from pipeline.lease import hold
 from pipeline.sources import open_source
 from pipeline.write import write_part
-from schemas.job import AskPrompt
+from schemas.ask import AskPrompt
 from tests.answered import answered, row
 from tests.kills import read_log
 from tests.scenes import QUESTIONS, Scene, scene

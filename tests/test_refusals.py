@@ -11,8 +11,9 @@ from rich.console import Console
 
 from jobs.run import run_job
 from pipeline.embedded import CHECKPOINT
+from schemas.ask import AskPrompt
 from schemas.errors import SpecError
-from schemas.job import AskPrompt, JobSpec
+from schemas.job import JobSpec
 from tests.complete import complete_job
 
 LIMITS = r"up to \d+ pixels and \d+ bytes, no truncated ones"
