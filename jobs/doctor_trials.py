@@ -19,7 +19,7 @@ from pipeline.engine.choose import engine_of
 from pipeline.engine.kv import Shape, shape_of
 from pipeline.engine.memory import default_kv_budget_bytes, weights_bytes
 from pipeline.engine.request import Engine
-from pipeline.engine.room import WIDTH_STEP
+from pipeline.engine.room import WIDTH_STEP, rounded
 from schemas.ask import GenerateSpec
 from schemas.errors import JobError, SpecError
 from schemas.job import GenerateResources, ModelSpec
@@ -146,8 +146,8 @@ def memory(subject: Subject, work: Workload) -> Report:
     shape, budget = _shape(subject), default_kv_budget_bytes(subject.model.device)
     longest = max(len(branch.token_ids) for branches in work.branches for branch in branches)
     answer = GenerateSpec().max_new_tokens
-    image = _rounded(len(work.lead)) * shape.token_bytes
-    question = _rounded(longest + answer) * shape.token_bytes
+    image = rounded(len(work.lead)) * shape.token_bytes
+    question = rounded(longest + answer) * shape.token_bytes
     return {
         "weights_bytes": weights_bytes(subject.model),
         "kv_bytes_a_token": shape.token_bytes,
@@ -173,10 +173,6 @@ def _empty(model: torch.nn.Module) -> None:
 def _shape(subject: Subject) -> Shape:
     model = subject.model
     return shape_of(model.config.get_text_config(), dtype=model.dtype, device=model.device)
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // WIDTH_STEP) * WIDTH_STEP
 
 
 def _different(some: Sequence[Tokens], others: Sequence[Tokens]) -> int:

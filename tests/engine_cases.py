@@ -1,5 +1,6 @@
 """Prompts about images for engines, and what `generate` says to each of them alone."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.engine.pixels import resized
-from pipeline.engine.request import GREEDY, Branch, Decoding, ImagePixels, Prefix, Request
+from pipeline.engine.pixels import pixel_table, resized
+from pipeline.engine.plain import PlainEngine
+from pipeline.engine.request import GREEDY, Branch, Decoding, Engine, ImagePixels, Prefix, Request
+from pipeline.engine.slots import SlotsEngine
 from tests.models import noise_image, questions
 
 EOS = (2, 31, 57)
@@ -48,6 +51,17 @@ def request_of(processor: Any, *cases: Case) -> Request:
         for one, c in zip(ids, cases, strict=True)
     ]
     return Request(Prefix(ids[0][: last + 1], [pixels]), branches)
+
+
+def engine_for(
+    kind: str, model: Any, processor: Any, *, room: int = 16, eos: Sequence[int] = EOS
+) -> Engine:
+    """`slots` or `plain`, with more or less room."""
+    table = pixel_table(processor)
+    if kind == "plain":
+        return PlainEngine(model, eos_token_ids=eos, table=table, batch_size=room)
+    own, budget = copy.deepcopy(model), room * 50_000
+    return SlotsEngine(own, eos_token_ids=eos, table=table, kv_budget_bytes=budget)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Answers that are more than greedy, of both engines, against transformers."""
 
 import copy
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -18,7 +19,16 @@ from pipeline.engine.request import Answer, Branch, Decoding, Engine, Request
 from pipeline.engine.slots import SlotsEngine
 from pipeline.engine.stops import StopStrings
 from schemas.errors import SpecError
-from tests.engine_cases import EOS, Case, alone, cases_of, check, mean_logprob, request_of
+from tests.engine_cases import (
+    EOS,
+    Case,
+    alone,
+    cases_of,
+    check,
+    engine_for,
+    mean_logprob,
+    request_of,
+)
 from tests.models import tiny_model, tiny_processor
 
 DRAWS = 10_000
@@ -43,14 +53,7 @@ def model() -> Any:
 def made(request: pytest.FixtureRequest, model: Any, processor: Any) -> Made:
     """An engine with more or less room."""
 
-    def make(*, room: int = 16) -> Engine:
-        table = pixel_table(processor)
-        if request.param == "plain":
-            return PlainEngine(model, eos_token_ids=EOS, table=table, batch_size=room)
-        own, budget = copy.deepcopy(model), room * 50_000
-        return SlotsEngine(own, eos_token_ids=EOS, table=table, kv_budget_bytes=budget)
-
-    return make
+    return functools.partial(engine_for, request.param, model, processor)
 
 
 # Greedy with settings

@@ -1,6 +1,7 @@
 """Answers that are given, scored by both engines, against transformers on one at a time."""
 
 import copy
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -12,11 +13,10 @@ import torch
 
 from pipeline.engine import score
 from pipeline.engine.pixels import pixel_table
-from pipeline.engine.plain import PlainEngine
 from pipeline.engine.request import Answer, Branch, Engine, Request, Score
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import DeviceOutOfMemory, NonFiniteLogits
-from tests.engine_cases import EOS, Case, alone, cases_of, check, request_of
+from tests.engine_cases import EOS, Case, alone, cases_of, check, engine_for, request_of
 from tests.models import tiny_model, tiny_processor
 
 GIVEN = [(40,), (41, 90, 17), (57, 3), (200, 201, 202, 203, 204)]
@@ -37,14 +37,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module", params=["slots", "plain"])
 def made(request: pytest.FixtureRequest, model: Any, processor: Any) -> Made:
-    def make(*, room: int = 16, eos: Sequence[int] = EOS, model: Any = model) -> Engine:
-        table = pixel_table(processor)
-        if request.param == "plain":
-            return PlainEngine(model, eos_token_ids=eos, table=table, batch_size=room)
-        own, budget = copy.deepcopy(model), room * 50_000
-        return SlotsEngine(own, eos_token_ids=eos, table=table, kv_budget_bytes=budget)
-
-    return make
+    return functools.partial(engine_for, request.param, processor=processor, model=model)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ class Language:
         self, model: "LlavaForConditionalGeneration", *, eager: bool, compiled: bool = False
     ) -> None:
         self._model: Any = model
-        self._forward = self._compiled = model.model.language_model.forward
+        self._text: Any = model.model.language_model
+        self._compiled: Any = None
         self._attention = SlotAttention(eager=eager)
         model.set_attn_implementation({"text_config": self._attention.name})
         self.device: torch.device = model.device
@@ -39,14 +40,15 @@ class Language:
 
     def run(self, what: Pass, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] in and out; raises what the device raises."""
+        text, sequence = self._text, (embeds[None], positions[None])
         # A single token would be compiled again, for itself.
-        forward = self._compiled if len(positions) > 1 else self._forward
-        sequence = embeds[None], positions[None]
-        for each in sequence:
-            torch._dynamo.mark_dynamic(each, 1)
+        if self._compiled is not None and len(positions) > 1:
+            text = self._compiled
+            for each in sequence:
+                torch._dynamo.mark_dynamic(each, 1)
         self._attention.current = what
         try:
-            out = forward(inputs_embeds=sequence[0], position_ids=sequence[1], use_cache=False)
+            out = text(inputs_embeds=sequence[0], position_ids=sequence[1], use_cache=False)
         finally:
             self._attention.current = None
         hidden: torch.Tensor = out.last_hidden_state[0]
@@ -54,7 +56,7 @@ class Language:
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        self._compiled = torch.compile(self._forward, dynamic=True, fullgraph=True)
+        self._compiled = torch.compile(self._text.forward, dynamic=True, fullgraph=True)
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
         try:
             self.run(_Nothing(), self.embedded(tokens), tokens)

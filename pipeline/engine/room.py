@@ -27,7 +27,7 @@ class Room:
 
     def bytes_of(self, row: Row) -> int:
         """What the row needs, prefix and all."""
-        tokens = _rounded(row.job.prefix_tokens) + _rounded(row.most_tokens)
+        tokens = rounded(row.job.prefix_tokens) + rounded(row.most_tokens)
         return tokens * self._shape.token_bytes
 
     def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
@@ -53,7 +53,7 @@ class Room:
         widths = _widths(jobs)
         whole = [job.whole_tokens for job in jobs if job.whole_tokens is not None]
         if len(whole) == len(jobs) and not (live and live.jobs):
-            width = _rounded(max(whole))
+            width = rounded(max(whole))
             rows = min(len(jobs) + (len(live.rows) if live else 0), MOST_ROWS)
             return Size(0, max(1, min(rows, self._tokens // width)), (0, width))
         slots, rows = len(jobs), sum(len(job.waiting) for job in jobs)
@@ -71,7 +71,7 @@ class Room:
         prefix = branch = 0
         for job in waiting:
             prefix, branch = max(prefix, job.prefix_tokens), max(branch, job.most_own_tokens)
-            if jobs and _rounded(prefix) + _rounded(branch) > self._tokens:
+            if jobs and rounded(prefix) + rounded(branch) > self._tokens:
                 break
             jobs.append(job)
         return jobs
@@ -102,10 +102,11 @@ class Room:
 
 def _widths(jobs: Sequence[Job]) -> tuple[int, int]:
     return (
-        _rounded(max(job.prefix_tokens for job in jobs)),
-        _rounded(max(job.most_own_tokens for job in jobs)),
+        rounded(max(job.prefix_tokens for job in jobs)),
+        rounded(max(job.most_own_tokens for job in jobs)),
     )
 
 
-def _rounded(tokens: int) -> int:
+def rounded(tokens: int) -> int:
+    """How wide a place for so many is."""
     return -(-tokens // WIDTH_STEP) * WIDTH_STEP
