@@ -64,6 +64,30 @@ def engine_for(
     return SlotsEngine(own, eos_token_ids=eos, table=table, kv_budget_bytes=budget)
 
 
+class Counted:
+    """How many tokens a slots engine reads, pass by pass; with room for so many of them in one."""
+
+    def __init__(self, engine: SlotsEngine, *, room: int = 10_000) -> None:
+        self.passes: list[int] = []
+        self.room = room
+        self.fails_at_logits = False
+        run, logits = engine._language.run, engine._language.logits
+
+        def counted(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            if len(embeds) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.passes.append(len(embeds))
+            return run(what, embeds, positions)
+
+        def scarce(hidden: torch.Tensor) -> torch.Tensor:
+            if self.fails_at_logits and len(hidden) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return logits(hidden)
+
+        engine._language.run = counted  # type: ignore[method-assign]
+        engine._language.logits = scarce  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True)
 class Expected:
     """What `generate` says, the end token included, and why it stops."""
@@ -76,8 +100,14 @@ class Expected:
 def alone(model: Any, processor: Any, case: Case) -> Expected:
     """What `generate` says on this one prompt, unpadded."""
     inputs = processor(text=case.prompt, images=case.image, return_tensors="pt")
+    return continued(model, processor, inputs, longest=case.longest, decoding=case.decoding)
+
+
+def continued(
+    model: Any, processor: Any, inputs: Any, *, longest: int, decoding: Decoding = GREEDY
+) -> Expected:
+    """What `generate` says behind the one prompt of `inputs`."""
     start = inputs["input_ids"].shape[1]
-    decoding = case.decoding
     options: dict[str, Any] = {
         "repetition_penalty": decoding.repetition_penalty,
         "min_new_tokens": decoding.min_new_tokens,
@@ -85,10 +115,10 @@ def alone(model: Any, processor: Any, case: Case) -> Expected:
     if decoding.stop is not None:
         options |= {"stop_strings": list(decoding.stop.strings), "tokenizer": processor.tokenizer}
     whole = model.generate(
-        **inputs, max_new_tokens=case.longest, do_sample=False, eos_token_id=list(EOS), **options
+        **inputs, max_new_tokens=longest, do_sample=False, eos_token_id=list(EOS), **options
     )
     said = whole[0, start:].tolist()
-    is_cut = len(said) < case.longest or said[-1] in EOS
+    is_cut = len(said) < longest or said[-1] in EOS
     logprob = mean_logprob(model, inputs, said)
     return Expected(said, logprob, "stop" if is_cut else "length")
 

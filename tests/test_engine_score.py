@@ -16,7 +16,16 @@ from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, Engine, Request, Score
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import DeviceOutOfMemory, NonFiniteLogits
-from tests.engine_cases import EOS, Case, alone, cases_of, check, engine_for, request_of
+from tests.engine_cases import (
+    EOS,
+    Case,
+    Counted,
+    alone,
+    cases_of,
+    check,
+    engine_for,
+    request_of,
+)
 from tests.models import tiny_model, tiny_processor
 
 GIVEN = [(40,), (41, 90, 17), (57, 3), (200, 201, 202, 203, 204)]
@@ -161,29 +170,6 @@ def test_logits_that_are_not_finite_fail_their_own(
 
 
 # Of slots alone
-
-
-class Counted:
-    """How many tokens an engine reads, pass by pass; with room for so many of them in one."""
-
-    def __init__(self, engine: SlotsEngine, *, room: int = 10_000) -> None:
-        self.passes: list[int] = []
-        self.fails_at_logits = False
-        run, logits = engine._language.run, engine._language.logits
-
-        def counted(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            if len(embeds) > room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            self.passes.append(len(embeds))
-            return run(what, embeds, positions)
-
-        def scarce(hidden: torch.Tensor) -> torch.Tensor:
-            if self.fails_at_logits and len(hidden) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return logits(hidden)
-
-        engine._language.run = counted  # type: ignore[method-assign]
-        engine._language.logits = scarce  # type: ignore[method-assign]
 
 
 def slots_engine(model: Any, processor: Any) -> SlotsEngine:

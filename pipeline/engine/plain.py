@@ -2,6 +2,7 @@
 
 It prefills an image anew for each question, and a batch waits for its longest answer. It is there
 for models that cannot be packed (`choose.py`), through their own forward and transformers' cache.
+A branch that continues another one is read from its start, like all others.
 """
 
 import threading
@@ -40,6 +41,27 @@ class _Branch:
         return [*self.prefix.token_ids, *self.branch.token_ids]
 
 
+class _Asked:
+    """The branches of a request, those that have followed with them."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.branches = [_Branch(request.prefix, branch) for branch in request.branches]
+        self._told = 0
+
+    def grown(self) -> list[_Branch]:
+        """What follows the branches that have got their outcome since the last time."""
+        prefix, grow = self._request.prefix, self._request.grow
+        if grow is None:
+            return []
+        first, count = self._told, len(self.branches)
+        for number, branch in enumerate(self.branches[first:], first):
+            following = grow(number, _settled(branch))
+            self.branches += [_Branch(prefix, each) for each in following]
+        self._told = count
+        return self.branches[count:]
+
+
 class PlainEngine:
     """Answers requests in left-padded batches of `batch_size`, longest prompts first.
 
@@ -66,18 +88,17 @@ class PlainEngine:
         self._lock = threading.Lock()
 
     def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
-        """One outcome for each branch of each request, in their order."""
-        asked = [[_Branch(r.prefix, branch) for branch in r.branches] for r in requests]
+        """One outcome for each branch of each request, in the order of their numbers."""
+        asked = [_Asked(request) for request in requests]
         with self._lock, torch.inference_mode():
             features = self._look(requests)
-            todo = sorted(
-                (branch for group in asked for branch in group),
-                key=lambda branch: len(branch.token_ids),
-                reverse=True,
-            )
-            for some in _apart(todo):
-                self._in_batches(some, lambda batch: self._answer(batch, features), _give_up)
-        return [[_settled(branch) for branch in group] for group in asked]
+            todo = [branch for each in asked for branch in each.branches]
+            while todo:
+                todo.sort(key=lambda branch: len(branch.token_ids), reverse=True)
+                for some in _apart(todo):
+                    self._in_batches(some, lambda batch: self._answer(batch, features), _give_up)
+                todo = [branch for each in asked for branch in each.grown()]
+        return [[_settled(branch) for branch in each.branches] for each in asked]
 
     def _look(self, requests: Sequence[Request]) -> Features:
         """The features of each distinct image, computed once."""

@@ -2,10 +2,11 @@
 
 A request is what many questions on one image share (the prefix, which holds the image) and a tree
 of branches (what each asks). An engine returns one answer for each branch, in order; it may run
-them in any way that does not change them.
+them in any way that does not change them. What is asked next may depend on an answer: a request
+that grows is told each outcome, and says what follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -50,6 +51,11 @@ class Branch:
 
     `noise_key`: 128 bits that decide what is drawn. `scored`: so many of the last tokens are an
     answer that is given, to be scored (Score) instead of asked for; `max_new_tokens` is 1 then.
+
+    `continues`: the number of a branch of the request whose prompt and answer this one goes on
+    from: what of its `token_ids`, which are all of them, begins alike need not be computed again.
+    `later_tokens`: about so many will follow in branches that continue this one; a wrong guess
+    costs time only.
     """
 
     token_ids: Sequence[int]
@@ -57,6 +63,8 @@ class Branch:
     decoding: Decoding = GREEDY
     noise_key: int = 0
     scored: int = 0
+    continues: int | None = None
+    later_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,15 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Request:
+    """`grow`: called once with the number and the outcome of each branch, by one thread at a time;
+    gives the branches that follow. They are numbered behind all there are, and grow in turn.
+
+    It holds up the engine, must not ask it anything, and what it raises is raised by `submit`.
+    """
+
     prefix: Prefix
     branches: Sequence[Branch]
+    grow: "Grow | None" = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,12 @@ class Score:
 
 
 Outcome = Answer | Score | GenerateError | PromptError
+Grow = Callable[[int, Outcome], Sequence[Branch]]
 
 
 class Engine(Protocol):
     """Answers requests. Safe to call from several threads at once."""
 
     def submit(self, requests: Sequence[Request]) -> Sequence[Sequence[Outcome]]:
-        """One outcome for each branch of each request, in their order; blocks until all are in."""
+        """One outcome for each branch of each request, in the order of their numbers; blocks until
+        all are in. Raises what `grow` of one of these requests raises."""
