@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from jobs.findings import Finding
-from jobs.subject import Subject
+from jobs.subject import LOOKED_AT, Subject
 from jobs.workload import Workload
-from pipeline.engine.look import mismatch
-from pipeline.engine.pixels import ProcessorResize, normalised, resize_of
-from pipeline.engine.request import Branch
+from pipeline.engine.look import features_of, mismatch
+from pipeline.engine.pixels import ProcessorResize, resize_of
+from pipeline.engine.request import Branch, ImagePixels
 from pipeline.tokenise import Tokeniser
 from schemas.job import ModelSpec
 
@@ -67,10 +67,9 @@ def _image_tokens(subject: Subject) -> Finding:
 @torch.inference_mode()
 def _features(subject: Subject) -> int:
     """How many the model makes of one image."""
-    model = subject.model
-    blank = torch.from_numpy(np.zeros((1, *subject.image_shape), np.uint8))
-    pixels = normalised(blank, torch.from_numpy(subject.table).to(model.device)).to(model.dtype)
-    return sum(len(each) for each in model.get_image_features(pixel_values=pixels).pooler_output)
+    blank = ImagePixels(np.zeros(subject.image_shape, np.uint8), "blank", LOOKED_AT)
+    table = torch.from_numpy(subject.table).to(subject.model.device)
+    return sum(map(len, features_of(subject.model, [blank], table)))
 
 
 def _culprits(subject: Subject) -> str:
@@ -102,7 +101,7 @@ def _text(spec: ModelSpec, subject: Subject) -> Iterator[Finding]:
     processor, tokenizer = subject.processor, subject.processor.tokenizer
     tokeniser = Tokeniser(spec, processor)
     prompt = tokeniser.render(QUESTIONS[0], ())
-    tokeniser.check(tokeniser.ids(prompt), max_new_tokens=MOST_TOKENS)
+    tokeniser.check(tokeniser.ids(prompt, (subject.tokens_per_image,)), max_new_tokens=MOST_TOKENS)
     shown = f"a question becomes {prompt!r}"
     if processor.chat_template:
         yield Finding("chat template", "ok", shown)
@@ -129,7 +128,8 @@ def mixed_work(spec: ModelSpec, subject: Subject, images: list[np.ndarray]) -> W
     """Few and many questions on an image, of all lengths, with answers of all lengths."""
     tokeniser = Tokeniser(spec, subject.processor)
     image_token = subject.model.config.image_token_id
-    asked = [tuple(tokeniser.ids(tokeniser.render(text, ()))) for text in QUESTIONS]
+    places = (subject.tokens_per_image,)
+    asked = [tuple(tokeniser.ids(tokeniser.render(text, ()), places)) for text in QUESTIONS]
     end = max(place for place, token in enumerate(asked[0]) if token == image_token) + 1
     branches = [
         [

@@ -10,16 +10,18 @@ from PIL import Image
 
 from jobs.workload import Vocabulary
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
+from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized
 from pipeline.engine.reference import random_model, random_processor
-from pipeline.tokenise import tokens_per_image
 from schemas.job import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 DTYPE_OF_RANDOM = "bfloat16"
+LOOKED_AT = (64, 64)
+"""Width and height of the image that stands for all."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,6 @@ def _subject(name: str, dtype: str, model: Any, processor: Any) -> Subject:
         model=model,
         processor=processor,
         table=pixel_table(processor),
-        image_shape=resized(processor, Image.new("RGB", (64, 64))).shape,
-        tokens_per_image=tokens_per_image(processor),
+        image_shape=resized(processor, Image.new("RGB", LOOKED_AT)).shape,
+        tokens_per_image=ImageTokens(processor).of(LOOKED_AT),
     )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from PIL import AvifImagePlugin
 
 from pipeline.decode import decode_picture, known_formats, no_memory
@@ -152,8 +153,8 @@ def _decoded(data: bytes, settings: DecodeSettings) -> tuple[dict[str, Any], byt
         enough=enough,
     )
     resize.check(picture.size, max_pixels=settings.max_pixels)
-    pixels = resize(picture.image)
-    return {"size": picture.size, "pixels_size": pixels.size}, pixels.tobytes()
+    pixels = np.asarray(resize(picture.image))
+    return {"size": picture.size, "shape": pixels.shape}, pixels.tobytes()
 
 
 @contextlib.contextmanager

@@ -38,10 +38,11 @@ _ERRORS = {kind.__name__: kind for kind in DecodeError.__subclasses__()}
 
 @dataclass(frozen=True)
 class Decoded:
-    """`pixels`: uint8 [H, W, 3] row-major, resized. `width`, `height`: of the whole image."""
+    """`pixels`: uint8 of `shape` row-major, resized: [H, W, 3] or [tiles, H, W, 3]. `width`,
+    `height`: of the whole image."""
 
     pixels: bytes
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     width: int
     height: int
 
@@ -170,8 +171,8 @@ class _Process:
         pixels = receive(replies)
         if "error" in said:
             raise _ERRORS[said["error"]](said["message"])
-        (width, height), (columns, rows) = said["size"], said["pixels_size"]
-        return Decoded(pixels, (rows, columns, 3), width, height)
+        width, height = said["size"]
+        return Decoded(pixels, tuple(said["shape"]), width, height)
 
     def _bury(self, process: "subprocess.Popen[bytes]") -> int:
         """Its exit status, once it is gone for certain."""

@@ -2,8 +2,8 @@
 
 One row in, one row out. What goes wrong with an image or a question is written into its PROMPT
 entries and travels on; nothing raised here is about a single row. While the images of a batch are
-decoded in a process beside this one (`decoder.py`), its prompts are tokenised here. Knows no ray
-and no weights.
+decoded in a process beside this one (`decoder.py`), its prompts are rendered here, and tokenised
+where the size of the image does not matter. Knows no ray and no weights.
 """
 
 import dataclasses
@@ -103,26 +103,40 @@ class Encode:
             waiting = []
             for line, prepared in zip(sample["lines"], row["lines"], strict=True):
                 entries = _waiting(prepared["prompts"])
-                self._tokenise(entries, line)
+                self._render(entries, line)
                 waiting += entries
+            if (places := self._tokeniser.image_tokens.fixed) is not None:
+                self._tokenise(waiting, places)
             try:
-                row |= _image_columns(decoding.result(), is_wanted=bool(_waiting(waiting)))
+                decoded = decoding.result()
             except DecodeError as error:
                 for entry in waiting:
                     entry.update(prompt=None, token_ids=None)
                     _fail(entry, error_of(error))
+                return row
+            if places is None:
+                size = (decoded.width, decoded.height)
+                self._tokenise(waiting, self._tokeniser.image_tokens.of(size))
+            row |= _image_columns(decoded, is_wanted=bool(_waiting(waiting)))
         return row
 
-    def _tokenise(self, entries: list[Entry], line: Line) -> None:
-        """Fill in the prompts; those that cannot be asked fail."""
+    def _render(self, entries: list[Entry], line: Line) -> None:
+        """Fill in the prompts as text; those that cannot be asked fail."""
         earlier = tuple(Turn(t["role"], t["content"]) for t in line["conversation"] or ())
         for entry in entries:
             try:
                 entry["prompt"] = self._tokeniser.render(entry["question"], earlier)
-                ids = self._tokeniser.ids(entry["prompt"])
+            except PromptError as error:
+                _fail(entry, error_of(error))
+
+    def _tokenise(self, entries: list[Entry], places: int) -> None:
+        """Fill in the ids of what is rendered, so many image tokens among them."""
+        for entry in _waiting(entries):
+            try:
+                ids = self._tokeniser.ids(entry["prompt"], (places,))
                 longest = entry["max_new_tokens"]
                 if given := self._asks[entry["unit"]].choices:
-                    choices = self._tokeniser.choices(entry["prompt"], given)
+                    choices = self._tokeniser.choices(entry["prompt"], given, (places,))
                     longest = choices.longest - len(ids)
                     entry["choices"] = dataclasses.asdict(choices)
                 self._tokeniser.check(ids, max_new_tokens=longest)

@@ -185,4 +185,4 @@ def _unscored(branch: Branch) -> Sequence[int]:
 
 def _image(row: dict[str, Any]) -> ImagePixels:
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
-    return ImagePixels(pixels, row["image_sha256"])
+    return ImagePixels(pixels, row["image_sha256"], (row["image_width"], row["image_height"]))

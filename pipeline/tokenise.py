@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from PIL import Image
 
+from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import load_config
 from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
 from pipeline.sources.base import Turn
@@ -39,8 +39,12 @@ class Choices:
 
 
 class Tokeniser:
-    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt)` its ids,
-    `choices(prompt, texts)` those of given answers."""
+    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt, places)` its
+    ids, `choices(prompt, texts, places)` those of given answers.
+
+    `places`: how many image tokens each image of the prompt takes, in their order; `image_tokens`
+    knows that of an image.
+    """
 
     def __init__(self, model: ModelSpec, processor: "LlavaProcessor") -> None:
         self._processor: Any = processor
@@ -48,7 +52,7 @@ class Tokeniser:
         self._template = processor.chat_template or LLAVA_1_5_TEMPLATE.replace(
             IMAGE_TOKEN, processor.image_token
         )
-        self._tokens_per_image = tokens_per_image(processor)
+        self.image_tokens = ImageTokens(processor)
         text = load_config(model).get_text_config()
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self.render = functools.lru_cache(PROMPTS_KEPT)(self._render)
@@ -58,8 +62,9 @@ class Tokeniser:
     def check(self, ids: list[int], *, max_new_tokens: int) -> None:
         """Raise PromptTooLong where the model's context has no room for the answer."""
         if self._context is not None and len(ids) + max_new_tokens > self._context:
+            of_image = ids.count(self._processor.image_token_id)
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({self._tokens_per_image} of them the image) "
+                f"the prompt has {len(ids)} tokens ({of_image} of them the image) "
                 f"and the answer up to {max_new_tokens}: together more than the model's context "
                 f"of {self._context}; shorten the question or max_new_tokens"
             )
@@ -88,13 +93,15 @@ class Tokeniser:
             )
         return prompt
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _ids(self, prompt: str, places: tuple[int, ...]) -> list[int]:
         """The whole prompt's ids as the processor gives them, image tokens expanded.
 
         A template that writes the start token itself gets no second one.
         """
         token = self._processor.image_token
-        return self._tokenised(prompt.replace(token, token * self._tokens_per_image))
+        first, *others = prompt.split(token)
+        expanded = (token * n + text for n, text in zip(places, others, strict=True))
+        return self._tokenised(first + "".join(expanded))
 
     def _tokenised(self, text: str) -> list[int]:
         tokenizer = self._processor.tokenizer
@@ -103,7 +110,7 @@ class Tokeniser:
         ids: list[int] = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         return ids
 
-    def _choices(self, prompt: str, texts: tuple[str, ...]) -> Choices:
+    def _choices(self, prompt: str, texts: tuple[str, ...], places: tuple[int, ...]) -> Choices:
         """Each behind the whole prompt, a space between them where the prompt does not end in one.
 
         The image token stands for itself alone here: what follows it is the same. Raises
@@ -122,17 +129,10 @@ class Tokeniser:
                     if ids
                     else f"the model has no tokens for the choice {texts[number]!r}"
                 )
-        return Choices(shared + len(self.ids(prompt)) - len(alone), given)
+        return Choices(shared + len(self.ids(prompt, places)) - len(alone), given)
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:
     """How many first tokens are the same."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (one, other) in pairs if one != other), min(len(a), len(b)))
-
-
-def tokens_per_image(processor: Any) -> int:
-    """How many image tokens the processor writes for one image, whatever its size."""
-    blank = Image.new("RGB", (64, 64))
-    ids: list[int] = processor(text=processor.image_token, images=blank)["input_ids"][0]
-    return ids.count(processor.image_token_id)

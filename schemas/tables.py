@@ -96,8 +96,8 @@ PREPARED = pa.schema(
         pa.field("lines", pa.list_(PREPARED_LINE)),
     ]
 )
-"""`pixels`: uint8 [H, W, 3] row-major, resized as the processor does, not yet normalised; null
-where no prompt of any line needs them."""
+"""`pixels`: uint8 of `pixels_shape`, [H, W, 3] or [tiles, H, W, 3], row-major, resized as the
+processor does, not yet normalised; null where no prompt of any line needs them."""
 
 _ANSWER = [
     pa.field("source_uri", pa.string()),

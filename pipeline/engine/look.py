@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipeline.engine.family import FAMILIES
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.pixels import normalised
 from pipeline.engine.request import ImagePixels, Prefix
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 IMAGES_AT_ONCE = 16
+"""Tiles are images too, as far as the vision tower is concerned."""
+TILES_DIMENSIONS = 4
 
 
 class Looker:
@@ -41,9 +44,11 @@ class Looker:
         by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
         for image in fresh.values():
             by_shape.setdefault(image.pixels.shape, []).append(image)
-        for images in by_shape.values():
-            for start in range(0, len(images), IMAGES_AT_ONCE):
-                self._look(images[start : start + IMAGES_AT_ONCE])
+        for shape, images in by_shape.items():
+            tiles = shape[0] if len(shape) == TILES_DIMENSIONS else 1
+            at_once = max(1, IMAGES_AT_ONCE // tiles)
+            for start in range(0, len(images), at_once):
+                self._look(images[start : start + at_once])
 
     def features(self, prefix: Prefix) -> torch.Tensor | GenerateError | None:
         """[tokens, hidden] for the image tokens of the prefix, or why there are none for it.
@@ -72,7 +77,8 @@ class Looker:
     def _look(self, images: Sequence[ImagePixels]) -> None:
         """Where memory runs out, half as many at a time."""
         try:
-            self._seen.update(zip((i.sha256 for i in images), self._looked(images), strict=True))
+            found = features_of(self._model, images, self._table)
+            self._seen.update(zip((i.sha256 for i in images), found, strict=True))
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -85,12 +91,16 @@ class Looker:
         self._look(images[:half])
         self._look(images[half:])
 
-    def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
-        stacked = torch.from_numpy(np.stack([image.pixels for image in images]))
-        pixels = normalised(stacked, self._table).to(self._model.dtype)
-        found = self._model.get_image_features(pixel_values=pixels)
-        features: Sequence[torch.Tensor] = found.pooler_output
-        return features
+
+def features_of(
+    model: "LlavaForConditionalGeneration", images: Sequence[ImagePixels], table: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Of each image, all with pixels of one shape, [tokens, hidden]."""
+    stacked = torch.from_numpy(np.stack([image.pixels for image in images]))
+    sizes = [image.size or image.pixels.shape[-2:-4:-1] for image in images]
+    heights_first = torch.tensor([(height, width) for width, height in sizes])
+    pixels = normalised(stacked, table).to(model.dtype)
+    return FAMILIES[model.config.model_type].features(model, pixels, heights_first)
 
 
 def cut_tower(model: "LlavaForConditionalGeneration") -> None:

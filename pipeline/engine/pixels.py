@@ -150,10 +150,10 @@ def pixel_table(processor: "LlavaProcessor") -> np.ndarray:
 
 
 def normalised(pixels: "torch.Tensor", table: "torch.Tensor") -> "torch.Tensor":
-    """uint8 [N, H, W, 3] through float32 [3, 256]: float32 [N, 3, H, W], on the table's device."""
+    """uint8 [..., H, W, 3] through float32 [3, 256], where the table is: [..., 3, H, W]."""
     import torch
 
-    planes = pixels.to(table.device).permute(0, 3, 1, 2).long()
+    planes = pixels.to(table.device).movedim(-1, -3).long()
     channel = torch.arange(3, device=table.device)[:, None, None]
     return table[channel, planes]
 

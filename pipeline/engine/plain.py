@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from pipeline.engine.look import mismatch
+from pipeline.engine.look import features_of, mismatch
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.padded import Row, decode_rows, score_rows
-from pipeline.engine.pixels import normalised
 from pipeline.engine.request import Branch, ImagePixels, Outcome, Prefix, Request
 from schemas.errors import DeviceOutOfMemory, GenerateError
 
@@ -106,9 +105,7 @@ class PlainEngine:
         features: dict[str, torch.Tensor | GenerateError] = {}
 
         def look(images: Sequence[ImagePixels]) -> None:
-            stacked = torch.from_numpy(np.stack([image.pixels for image in images]))
-            pixels = normalised(stacked, self._table).to(self._model.dtype)
-            found = self._model.get_image_features(pixel_values=pixels).pooler_output
+            found = features_of(self._model, images, self._table)
             features.update(zip((i.sha256 for i in images), found, strict=True))
 
         def give_up(image: ImagePixels, error: GenerateError) -> None:

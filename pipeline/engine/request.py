@@ -19,10 +19,13 @@ from schemas.errors import GenerateError, PromptError
 
 @dataclass(frozen=True)
 class ImagePixels:
-    """One image as the processor resized it: uint8 [H, W, 3], not yet normalised."""
+    """One image as the processor resized it: uint8 [H, W, 3], not yet normalised, or cut into
+    tiles: [tiles, H, W, 3]. `size`: width and height of the whole image, by which tiles are put
+    together; null where there are none."""
 
     pixels: np.ndarray
     sha256: str
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""The families of models: all that differs from one architecture to another, in one place.
+
+    which classes of transformers load it     Family.architecture, .processor
+    what an image becomes on the CPU actor    .has_tiles: uint8 [H, W, 3], or [tiles, H, W, 3]
+    how many image tokens an image takes      ImageTokens, asked of the processor itself
+    what the model sees in its pixels         .features
+
+The text half of a model is not a matter of its family: `choose.py` says which of them go into
+slots. Imports neither torch nor transformers: the driver asks it too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    import torch
+
+Size = tuple[int, int]
+"""Width and height."""
+
+_BLANK: Size = (64, 64)
+_PROBES: tuple[Size, ...] = (_BLANK, (96, 57), (31, 200), (1, 40))
+"""Images whose tokens are counted by the processor as a whole."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that transformers runs by one class.
+
+    `architecture`, `processor`: classes of transformers. `has_tiles`: an image is cut into tiles,
+    the more the larger it is, and takes as many places in a prompt as its size asks for.
+    """
+
+    model_type: str
+    architecture: str
+    processor: str = "LlavaProcessor"
+    has_tiles: bool = False
+
+    def features(
+        self, model: Any, pixels: "torch.Tensor", sizes: "torch.Tensor"
+    ) -> Sequence["torch.Tensor"]:
+        """Of each image, [tokens, hidden]: what stands in place of its image tokens.
+
+        `pixels`: [N, 3, H, W], or [N, tiles, 3, H, W] where the family has tiles. `sizes`: int
+        [N, 2], height and width of the whole images.
+        """
+        options = {"image_sizes": sizes} if self.has_tiles else {}
+        found: Sequence[torch.Tensor]
+        found = model.get_image_features(pixel_values=pixels, **options).pooler_output
+        return found
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (Family("llava", "LlavaForConditionalGeneration"),)
+}
+"""By `model_type` of config.json."""
+
+
+class ImageTokens:
+    """How many image tokens the processor writes for an image.
+
+    `fixed`: for an image of any size; null where the size decides. Raises SpecError for a processor
+    that does not tell beforehand: it is tried out.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._pixels: Any = None
+        counted = dict(self._counted())
+        self.fixed: int | None = None
+        if len(set(counted.values())) == 1 and not has_tiles(processor):
+            self.fixed = counted[_BLANK]
+            return
+        for size, count in counted.items():
+            if (told := self._told(size)) != count:
+                raise SpecError(
+                    f"{type(processor).__name__} writes {count} image tokens for an image of "
+                    f"{size[0]} x {size[1]} pixels, but tells {told}: it is not supported"
+                )
+
+    def of(self, size: Size) -> int:
+        return self._told(size) if self.fixed is None else self.fixed
+
+    def _counted(self) -> Iterator[tuple[Size, int]]:
+        """By going through all that the processor does."""
+        processor = self._processor
+        for size in _PROBES:
+            output = processor(text=processor.image_token, images=Image.new("RGB", size))
+            self._pixels = np.asarray(output["pixel_values"][0])
+            yield size, output["input_ids"][0].count(processor.image_token_id)
+
+    def _told(self, size: Size) -> int:
+        image = {
+            "pixel_values": [self._pixels],
+            "image_sizes": [(size[1], size[0])],
+            "batch_num_images": [1],
+        }
+        written: str = self._processor.replace_image_token(image, 0)
+        return written.count(self._processor.image_token)
+
+
+def has_tiles(processor: Any) -> bool:
+    """Whether its image processor cuts images into tiles."""
+    return getattr(processor.image_processor, "image_grid_pinpoints", None) is not None
