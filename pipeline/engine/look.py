@@ -77,8 +77,7 @@ class Looker:
     def _look(self, images: Sequence[ImagePixels]) -> None:
         """Where memory runs out, half as many at a time."""
         try:
-            found = features_of(self._model, images, self._table)
-            self._seen.update(zip((i.sha256 for i in images), found, strict=True))
+            self._seen.update(zip((i.sha256 for i in images), self._looked(images), strict=True))
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -90,6 +89,9 @@ class Looker:
         half = (len(images) + 1) // 2
         self._look(images[:half])
         self._look(images[half:])
+
+    def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
+        return features_of(self._model, images, self._table)
 
 
 def features_of(
