@@ -8,6 +8,7 @@ import torch
 from jobs.findings import Finding
 from jobs.subject import LOOKED_AT, Subject
 from jobs.workload import Workload
+from pipeline.engine.load import processor_repairs
 from pipeline.engine.look import features_of, mismatch
 from pipeline.engine.pixels import ProcessorResize, resize_of
 from pipeline.engine.request import Branch, ImagePixels
@@ -30,9 +31,21 @@ FEWEST_TOKENS, MOST_TOKENS = 3, 16
 
 def look_over(spec: ModelSpec, subject: Subject) -> Iterator[Finding]:
     """Raises PromptError where a question cannot be put to the model."""
+    yield from _repaired(spec)
     yield _image_tokens(subject)
     yield _pixels(subject)
     yield from _text(spec, subject)
+
+
+def _repaired(spec: ModelSpec) -> Iterator[Finding]:
+    for repair in processor_repairs(spec):
+        yield Finding(
+            "processor",
+            "mended",
+            f"repaired: {repair}. With the file as it is, an image would take another number of "
+            "places in a prompt than the model fills. Lavaflow answers as if the file were right; "
+            f"for other programs, write {repair.key}: {repair.now!r} into it",
+        )
 
 
 def _image_tokens(subject: Subject) -> Finding:
@@ -74,19 +87,13 @@ def _features(subject: Subject) -> int:
 
 def _culprits(subject: Subject) -> str:
     """What processor and model say differently of how an image is cut up."""
-    processor, config = subject.processor, subject.model.config
-    pairs = {
-        "patch_size": (processor.patch_size, config.vision_config.patch_size),
-        "vision_feature_select_strategy": (
-            processor.vision_feature_select_strategy,
-            config.vision_feature_select_strategy,
-        ),
-    }
-    return "; ".join(
+    key = "vision_feature_select_strategy"
+    theirs, ours = (getattr(of, key, None) for of in (subject.processor, subject.model.config))
+    if theirs == ours:
+        return ""
+    return (
         f"{key} is {theirs!r} in processor_config.json, but {ours!r} in config.json, which the "
         f"weights were made for: set it to {ours!r} in processor_config.json"
-        for key, (theirs, ours) in pairs.items()
-        if theirs != ours
     )
 
 

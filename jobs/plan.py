@@ -14,6 +14,7 @@ from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
 from pipeline.engine.checkpoint import check_model, open_checkpoint
 from pipeline.engine.grammar import check_schema
+from pipeline.engine.repair import repairs_of
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
 from pipeline.prompt import IMAGE_TOKEN
@@ -29,12 +30,16 @@ from schemas.tables import RESERVED_COLUMNS
 
 @dataclass(frozen=True)
 class Plan:
-    """A job whose every part exists; of its output, nothing is known yet."""
+    """A job whose every part exists; of its output, nothing is known yet.
+
+    `notes`: what the person should know of it before it runs.
+    """
 
     job: JobSpec
     shards: Sequence[Shard]
     keep: Mapping[str, pa.DataType]
     fingerprint: Fingerprint
+    notes: Sequence[str] = ()
 
     def table(self) -> AnswerTable:
         """The job's answers, not opened."""
@@ -101,7 +106,8 @@ def plan(job: JobSpec) -> Plan:
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
-    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint)
+    notes = [f"model {job.model.path}: {each}" for each in repairs_of(open_checkpoint(job.model))]
+    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, notes=notes)
 
 
 def _check_prompts(job: JobSpec) -> None:

@@ -204,6 +204,8 @@ class _Run:
             self.console.print(
                 warning, style="bold yellow", soft_wrap=True, highlight=False, markup=False
             )
+        for note in self.plan.notes:
+            self._say(note)
         left = len({item.shard.uri for item in work})
         self._say(f"{self._told(left)} to answer; starting Ray")
         # Imported here: a run with nothing to do should not wait for ray.

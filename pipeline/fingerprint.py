@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from textwrap import shorten
 
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from pipeline.engine.repair import FILE as PROCESSOR_FILE
+from pipeline.engine.repair import repaired
 from pipeline.prompt import LLAVA_1_5_TEMPLATE
 from schemas.ask import DRAWN, ROW_QUESTIONS, Ask, AskPrompt, default_of
 from schemas.job import JobSpec, SourceSpec
@@ -126,7 +128,13 @@ def _of_files(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     """A hash of the files' names and contents, whatever folder they lie in: 16 hex digits."""
     whole = hashlib.sha256()
     for name in names:
-        with checkpoint.open(name).open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{name} {content}\n".encode())
+        whole.update(f"{name} {_content(checkpoint, name)}\n".encode())
     return whole.hexdigest()[:16]
+
+
+def _content(checkpoint: Checkpoint, name: str) -> str:
+    """A processor that is set right while it is loaded counts as one that was right."""
+    if name == PROCESSOR_FILE and (right := repaired(checkpoint)) is not None:
+        return hashlib.sha256(right).hexdigest()
+    with checkpoint.open(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -154,14 +154,6 @@ def test_a_missing_template_is_set_right(tmp_path: Path) -> None:
     assert "USER: <image>\\nWhat is this? ASSISTANT:" in template.text
 
 
-# What is wrong
-
-
-def no_engine(*_: Any, **__: Any) -> Any:
-    """Nothing is tried of a model that is wrong so far."""
-    raise NotImplementedError
-
-
 def smaller_patches(folder: Path) -> None:
     edit(folder / "processor_config.json", patch_size=4)
 
@@ -170,12 +162,44 @@ def no_patch_size(folder: Path) -> None:
     edit(folder / "processor_config.json", patch_size=None)
 
 
-def a_class_token_too_many(folder: Path) -> None:
+def a_class_token_too_few(folder: Path) -> None:
     edit(folder / "processor_config.json", num_additional_image_tokens=0)
 
 
 def other_strategy(folder: Path) -> None:
     edit(folder / "processor_config.json", vision_feature_select_strategy="full")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said", "remedy"),
+    [
+        (smaller_patches, "patch_size is 4; 8 is used", "write patch_size: 8 into it"),
+        (no_patch_size, "patch_size is missing; 8 is used", "write patch_size: 8 into it"),
+        (a_class_token_too_few, "num_additional_image_tokens is 0; 1 is used", "tokens: 1 into it"),
+        (other_strategy, "strategy is 'full'; 'default' is used", "strategy: 'default' into it"),
+    ],
+)
+def test_a_processor_that_counts_wrong_is_repaired(
+    folder: Path, break_it: Edit, said: str, remedy: str
+) -> None:
+    break_it(folder)
+    doctor = Doctor(ModelSpec(path=str(folder)), quiet, no_engine)
+    with pytest.raises(NotImplementedError):
+        doctor.examine()
+    processor, tokens = doctor.findings[:2]
+    assert (processor.about, processor.state) == ("processor", "mended")
+    assert processor.text.startswith("repaired: processor_config.json: ")
+    assert said in processor.text
+    assert remedy in processor.text
+    assert (tokens.about, tokens.state) == ("image tokens", "ok")
+
+
+# What is wrong
+
+
+def no_engine(*_: Any, **__: Any) -> Any:
+    """Nothing is tried of a model that is wrong so far."""
+    raise NotImplementedError
 
 
 def larger_images(folder: Path) -> None:
@@ -204,10 +228,6 @@ def missing_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "about", "said"),
     [
-        (smaller_patches, "image tokens", "patch_size is 4 in processor_config.json, but 8 in"),
-        (no_patch_size, "checkpoint", "patch_size of processor_config.json is None; set it to 8"),
-        (a_class_token_too_many, "image tokens", "set num_additional_image_tokens to 1"),
-        (other_strategy, "image tokens", "vision_feature_select_strategy is 'full' in"),
         (larger_images, "image tokens", "makes images of 64 x 64 pixels, which the model does not"),
         (no_image_token, "checkpoint", "the tokenizer has no token '<image>', which stands for"),
         (a_template_without_the_image, "checkpoint", "wrote <image> 0 times for one image"),
@@ -312,7 +332,7 @@ def test_nothing_is_tried_in_float32_where_that_does_not_fit(
 
 
 def test_a_broken_model_ends_with_status_1_and_json(folder: Path) -> None:
-    smaller_patches(folder)
+    larger_images(folder)
     result = lavaflow("doctor", str(folder), "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["ok"] is False

@@ -6,11 +6,13 @@ the functions, so that the driver and `--help` never pay for them.
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.engine import quantization
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from pipeline.engine.repair import UNSAID, Repair, repairs
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
 
@@ -32,15 +34,30 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     """The checkpoint's processor on the PIL backend, padding left.
 
     The backend is named because transformers picks torchvision's wherever that is installed, whose
-    resizing gives other pixels. Raises SpecError where processor and model do not fit each other.
+    resizing gives other pixels. What it says wrongly of an image's places is set right, and told in
+    the log. Raises SpecError where processor and model do not fit each other.
     """
     processor = _processor(spec, padding_side="left")
     if processor.image_processor.backend != "pil":
         raise SpecError(
             f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
         )
-    _check_fits_model(processor, load_config(spec), name=spec.path)
+    config = load_config(spec)
+    for repair in _repairs(processor, config):
+        logging.getLogger(__name__).warning("model %s: %s", spec.path, repair)
+        setattr(processor, repair.key, repair.now)
+    _check_fits_model(processor, config, name=spec.path)
     return processor
+
+
+def processor_repairs(spec: ModelSpec) -> list[Repair]:
+    """What `load_processor` sets right."""
+    return _repairs(_processor(spec), load_config(spec))
+
+
+def _repairs(processor: "LlavaProcessor", config: "LlavaConfig") -> list[Repair]:
+    stored = {key: getattr(processor, key, usual) for key, usual in UNSAID.items()}
+    return repairs(stored, config.to_dict())
 
 
 def own_padding_side(spec: ModelSpec) -> str:
@@ -62,8 +79,8 @@ def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
 def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
     if not processor.patch_size:
         raise SpecError(
-            f"model {name}: patch_size of processor_config.json is {processor.patch_size}; set it "
-            f"to {config.vision_config.patch_size}, as vision_config of config.json has it"
+            f"model {name}: patch_size of processor_config.json is {processor.patch_size}, and "
+            "vision_config of config.json does not tell the right one: set it"
         )
     vocabulary = processor.tokenizer.get_vocab()
     if processor.image_token not in vocabulary:
