@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from jobs.prompts import check_prompts
 from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
 from pipeline.engine.checkpoint import check_model, open_checkpoint
@@ -17,12 +18,11 @@ from pipeline.engine.grammar import check_schema
 from pipeline.engine.repair import repairs_of
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
-from pipeline.prompt import IMAGE_TOKEN
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
 from pipeline.versions import Versions
-from schemas.ask import AskPrompt, AskRow
+from schemas.ask import AskRow
 from schemas.errors import SpecError
 from schemas.job import JobSpec
 from schemas.tables import RESERVED_COLUMNS
@@ -64,7 +64,7 @@ class Plan:
         rows = [shard.rows for shard in self.shards]
         total = None if None in rows else sum(filter(None, rows))
         known = [n for n in (total, self.job.source.limit) if n is not None]
-        answers = sum(self.job.samples(ask) for ask in self.job.ask)
+        answers = sum(self.job.samples(ask) * self.job.turns(ask) for ask in self.job.ask)
         return min(known) * answers if known else None
 
 
@@ -102,36 +102,12 @@ def plan(job: JobSpec) -> Plan:
     for ask in job.ask:
         if ask.json_schema is not None:
             check_schema(ask.json_schema)
-    _check_prompts(job)
+    check_prompts(job, shards)
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
     notes = [f"model {job.model.path}: {each}" for each in repairs_of(open_checkpoint(job.model))]
     return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, notes=notes)
-
-
-def _check_prompts(job: JobSpec) -> None:
-    """Refuse what would fail in every row: an image mark in a text, or too long an answer."""
-    checkpoint = open_checkpoint(job.model)
-    texts = {"model.system_prompt": job.model.system_prompt or ""}
-    for number, ask in enumerate(job.ask):
-        if isinstance(ask, AskPrompt):
-            texts[f"ask.{number}.prompt"] = ask.prompt
-        for place, choice in enumerate(ask.choices or ()):
-            texts[f"ask.{number}.choices.{place}"] = choice
-    for key, text in texts.items():
-        if IMAGE_TOKEN in text:
-            raise SpecError(
-                f"{key}: {text!r} holds {IMAGE_TOKEN}; leave it out: the image is put where the "
-                "model's format wants it"
-            )
-    context = checkpoint.config.get("text_config", {}).get("max_position_embeddings")
-    longest = max(1 if a.choices else job.decoding(a).max_new_tokens for a in job.ask)
-    if context is not None and longest >= context:
-        raise SpecError(
-            f"max_new_tokens: {longest} is no less than the context of {job.model.path}, {context} "
-            "tokens, which holds the prompt as well; lower it"
-        )
 
 
 def _pinned(job: JobSpec) -> JobSpec:

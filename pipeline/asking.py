@@ -25,9 +25,6 @@ Prompt = Mapping[str, Any]
 """A PROMPT struct."""
 Columns = dict[str, Any]
 
-TURN = 0
-"""So far, every question is the first."""
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -58,27 +55,31 @@ class Asking:
             grammar=_grammar(ask, words),
         )
 
-    def branches(self, prompt: Prompt, place: Sequence[object], *, start: int) -> list[Branch]:
+    @property
+    def samples(self) -> range:
+        """The numbers of the answers that each question has."""
+        return range(self._samples)
+
+    def branches(
+        self, prompt: Prompt, place: Sequence[object], *, start: int, samples: Iterable[int]
+    ) -> list[Branch]:
         """The prompt's tokens from `start` on. `place`: shard and row, which decide the noise."""
         if prompt["choices"] is not None:
             shared = prompt["token_ids"][start : prompt["choices"]["shared_tokens"]]
             given = prompt["choices"]["token_ids"]
             return [Branch((*shared, *ids), 1, scored=len(ids)) for ids in given]
         ids, longest = tuple(prompt["token_ids"][start:]), prompt["max_new_tokens"]
-        keys = [0] * self._samples
-        if self._decoding.temperature:
-            identity = [self._seed, *place, prompt["question_id"], TURN]
-            keys = [noise_key([*identity, number]) for number in range(self._samples)]
+        identity = [self._seed, *place, prompt["question_id"], prompt["turn"]]
+        is_drawn = bool(self._decoding.temperature)
+        keys = [noise_key([*identity, number]) if is_drawn else 0 for number in samples]
         return [Branch(ids, longest, self._decoding, noise_key=key) for key in keys]
 
     def answers(self, prompt: Prompt, outcomes: Sequence[Outcome]) -> Iterator[Columns]:
-        """The columns of each answer that the question has to have."""
-        if outcomes and prompt["choices"] is not None:
+        """The columns of each answer."""
+        if prompt["choices"] is not None:
             yield self._chosen(outcomes)
-        elif outcomes:
-            yield from map(self._said, outcomes)
         else:
-            yield from [_error_columns(prompt["status"], prompt["error"])] * self._samples
+            yield from map(self._said, outcomes)
 
     def _said(self, outcome: Outcome) -> Columns:
         if not isinstance(outcome, Answer):
@@ -129,7 +130,7 @@ def probabilities(scores: Iterable[Score], *, length_normalise: bool) -> list[fl
 
 
 def unasked(prompt: Prompt) -> Columns:
-    """Of an answer that stands for all that cannot be asked."""
+    """Of an answer that the model is not asked for."""
     return _error_columns(prompt["status"], prompt["error"])
 
 

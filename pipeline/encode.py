@@ -6,9 +6,8 @@ decoded in a process beside this one (`decoder.py`), its prompts are rendered he
 where the size of the image does not matter. Knows no ray and no weights.
 """
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,42 +17,18 @@ from pipeline.decode_process import DecodeSettings
 from pipeline.decoder import Decoded, Decoder, settings_of
 from pipeline.engine.load import load_processor
 from pipeline.engine.pixels import ProcessorResize, pixel_table, resize_of
+from pipeline.entries import Entries, Entry, fail, ready, waiting
+from pipeline.script import scripts_of
 from pipeline.sources.base import Turn
 from pipeline.tokenise import Tokeniser
-from schemas.ask import AskPrompt
-from schemas.errors import (
-    DecodeError,
-    PromptError,
-    QuestionsMalformed,
-    RowError,
-    SpecError,
-)
+from schemas.errors import DecodeError, PromptError, SpecError
 from schemas.job import JobSpec
-from schemas.tables import (
-    KEEP,
-    LINE,
-    PREPARED,
-    PROMPT,
-    SAMPLE,
-    SHARD,
-    error_of,
-    table_of,
-    with_keep,
-)
+from schemas.tables import KEEP, LINE, PREPARED, SAMPLE, SHARD, error_of, table_of, with_keep
 
 _SHARD, _LINE = [field.name for field in SHARD], [field.name for field in LINE]
 _BUT_IMAGE = [name for name in SAMPLE.names if name != "image"]
-_NO_QUESTIONS = {
-    "stage": "prompt",
-    "class": "NoQuestions",
-    "message": "the row brings no questions of its own: there is nothing to answer",
-}
-"""Why a row is skipped; no RowError, since nothing is wrong with it."""
+_FOR_LATER = ("conversation", "columns")
 
-_NOTHING = dict.fromkeys(field.name for field in PROMPT)
-
-Entry = dict[str, Any]
-"""One PROMPT struct in the making."""
 Line = dict[str, Any]
 """A SAMPLE_LINE struct, or a PREPARED_LINE struct in the making."""
 _Begun = tuple[dict[str, Any], "Future[Decoded] | None"]
@@ -69,8 +44,8 @@ class Encode:
         pixel_table(processor)
         self._decoder = Decoder(_decode_settings(job, processor))
         self._tokeniser = Tokeniser(job.model, processor)
-        self._asks = dict(zip(job.units, job.ask, strict=True))
-        self._longest = {u: job.decoding(ask).max_new_tokens for u, ask in self._asks.items()}
+        self._scripts = scripts_of(job)
+        self._entries = Entries(job, self._scripts)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         samples = batch.select(_BUT_IMAGE).to_pylist()
@@ -88,10 +63,18 @@ class Encode:
         row = {name: sample[name] for name in _SHARD}
         if sample["lines"] is None:
             return row, None
-        row["lines"] = [self._asked_line(line) for line in sample["lines"]]
-        if not any(_waiting(line["prompts"]) for line in row["lines"]):
+        row["lines"] = [self._line(line, uri=row["source_uri"]) for line in sample["lines"]]
+        if not any(ready(line["prompts"]) for line in row["lines"]):
             return row, None
         return row, self._decoder.submit(memoryview(b"" if image is None else image))
+
+    def _line(self, line: Line, *, uri: str) -> Line:
+        """The line as far as it can be without pixels."""
+        entries = self._entries.of(line, uri)
+        prepared = {**{name: line[name] for name in _LINE}, "prompts": entries}
+        if any(entry["is_later"] for entry in waiting(entries)):
+            prepared |= {name: line[name] for name in _FOR_LATER}
+        return prepared
 
     def _ended(
         self, begun: _Begun, sample: dict[str, Any], image: pa.Buffer | None
@@ -100,24 +83,24 @@ class Encode:
         if image is not None:
             row["image_sha256"] = hashlib.sha256(image).hexdigest()
         if decoding is not None:
-            waiting = []
+            asked = []
             for line, prepared in zip(sample["lines"], row["lines"], strict=True):
-                entries = _waiting(prepared["prompts"])
+                entries = ready(prepared["prompts"])
                 self._render(entries, line)
-                waiting += entries
+                asked += entries
             if (places := self._tokeniser.image_tokens.fixed) is not None:
-                self._tokenise(waiting, places)
+                self._tokenise(asked, places)
             try:
                 decoded = decoding.result()
             except DecodeError as error:
-                for entry in waiting:
+                for entry in asked:
                     entry.update(prompt=None, token_ids=None)
-                    _fail(entry, error_of(error))
+                    fail(entry, error_of(error))
                 return row
             if places is None:
                 size = (decoded.width, decoded.height)
-                self._tokenise(waiting, self._tokeniser.image_tokens.of(size))
-            row |= _image_columns(decoded, is_wanted=bool(_waiting(waiting)))
+                self._tokenise(asked, self._tokeniser.image_tokens.of(size))
+            row |= _image_columns(decoded, is_wanted=bool(waiting(asked)))
         return row
 
     def _render(self, entries: list[Entry], line: Line) -> None:
@@ -125,86 +108,17 @@ class Encode:
         earlier = tuple(Turn(t["role"], t["content"]) for t in line["conversation"] or ())
         for entry in entries:
             try:
-                entry["prompt"] = self._tokeniser.render(entry["question"], earlier)
+                shots = self._scripts[entry["unit"]].shots
+                entry["prompt"] = self._tokeniser.render(entry["question"], earlier, shots)
             except PromptError as error:
-                _fail(entry, error_of(error))
+                fail(entry, error_of(error))
 
     def _tokenise(self, entries: list[Entry], places: int) -> None:
         """Fill in the ids of what is rendered, so many image tokens among them."""
-        for entry in _waiting(entries):
-            try:
-                ids = self._tokeniser.ids(entry["prompt"], (places,))
-                longest = entry["max_new_tokens"]
-                if given := self._asks[entry["unit"]].choices:
-                    choices = self._tokeniser.choices(entry["prompt"], given, (places,))
-                    longest = choices.longest - len(ids)
-                    entry["choices"] = dataclasses.asdict(choices)
-                self._tokeniser.check(ids, max_new_tokens=longest)
-                entry["token_ids"] = ids
-            except PromptError as error:
-                _fail(entry, error_of(error))
-
-    def _asked_line(self, line: Line) -> Line:
-        """The line as far as it can be without pixels."""
-        return {**{name: line[name] for name in _LINE}, "prompts": self._asked(line)}
-
-    def _asked(self, line: Line) -> list[Entry]:
-        """An entry for each question that the line's wanted units call for; never none."""
-        if line["error"]:
-            return [_fail(_entry(), line["error"])]
-        entries = [entry for unit in line["units"] for entry in self._asked_of(unit, line)]
-        if line["skip"]:
-            for entry in _waiting(entries):
-                entry.update(status="skipped", error=line["skip"])
-        if error := line["image_error"] or line["conversation_error"]:
-            for entry in _waiting(entries):
-                _fail(entry, error)
-        return entries
-
-    def _asked_of(self, unit: str, line: Line) -> Iterator[Entry]:
-        ask = self._asks[unit]
-        if isinstance(ask, AskPrompt):
-            yield self._entry(unit, unit, ask.prompt)
-        elif line["questions_error"]:
-            yield _fail(_entry(), line["questions_error"])
-        elif not line["questions"]:
-            yield {**_entry(), "status": "skipped", "error": _NO_QUESTIONS}
-        elif error := _ids_that_collide(line["questions"], taken=set(self._asks)):
-            yield _fail(_entry(), error_of(error))
-        else:
-            for own in line["questions"]:
-                yield self._entry(unit, own["id"], own["question"])
-
-    def _entry(self, unit: str, id: str, question: str) -> Entry:
-        longest = self._longest[unit]
-        return _entry(unit=unit, question_id=id, question=question, max_new_tokens=longest)
-
-
-def _entry(**known: str | int) -> Entry:
-    return {**_NOTHING, **known}
-
-
-def _waiting(entries: list[Entry]) -> list[Entry]:
-    """Those that the model is still to answer."""
-    return [entry for entry in entries if entry["status"] is None]
-
-
-def _fail(entry: Entry, error: Mapping[str, str] | None) -> Entry:
-    entry.update(status="failed", error=error)
-    return entry
-
-
-def _ids_that_collide(questions: list[dict[str, str]], *, taken: set[str]) -> RowError | None:
-    """Two answers of one row under one id could not be told apart."""
-    seen = set(taken)
-    for question in questions:
-        if question["id"] in seen:
-            return QuestionsMalformed(
-                f"the question id {question['id']!r} is used twice, by the row's questions or by "
-                "the spec's ask: ids of one row must be distinct"
+        for entry in waiting(entries):
+            self._tokeniser.fill_in(
+                entry, (places,), options=self._scripts[entry["unit"]].ask.options
             )
-        seen.add(question["id"])
-    return None
 
 
 def _image_columns(image: Decoded, *, is_wanted: bool) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from textwrap import shorten
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.engine.repair import FILE as PROCESSOR_FILE
 from pipeline.engine.repair import repaired
-from pipeline.prompt import LLAVA_1_5_TEMPLATE
-from schemas.ask import DRAWN, ROW_QUESTIONS, Ask, AskPrompt, default_of
+from pipeline.formats import FORMATS, format_of, given_template
+from pipeline.script import Script, scripts_of
+from schemas.ask import DRAWN, ROW_QUESTIONS, Ask, AskPrompt, AskRow, default_of
 from schemas.job import JobSpec, SourceSpec
 from schemas.tables import SCHEMA_VERSION
 
@@ -43,7 +44,7 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
         "dtype": dtype_name(job.model, checkpoint),
         # Only where there is any: tables of unquantized models were begun before there was this.
         **({} if quantization == "none" else {"quantization": quantization}),
-        "template": _template(checkpoint),
+        "template": _template(checkpoint, job.model.chat_template),
         "system_prompt": digest({"text": job.model.system_prompt}),
         "image": digest({"column": columns.image}),
         "pixels": _pixels(job.source),
@@ -67,20 +68,44 @@ def question_fingerprints(job: JobSpec) -> dict[str, str]:
 
     Beside it how the question begins, for people to whom a refusal has to name it.
     """
-    prints = {}
-    for unit, ask in zip(job.units, job.ask, strict=True):
-        if isinstance(ask, AskPrompt):
-            asked = {"prompt": ask.prompt}
-            told = shorten(ask.prompt, MOST_CHARACTERS, placeholder="...")
-        else:
-            asked = {"from": ROW_QUESTIONS, "column": job.source.columns.questions}
-            told = f"column {job.source.columns.questions}"
-        hashed = digest({**asked, **_answering(job, ask)})
+    prints: dict[str, str] = {}
+    for unit, script in scripts_of(job).items():
+        ask = script.ask
+        needed = {each: prints[each] for each in script.needs}
+        hashed = digest({**_asked(job, script), **_answering(job, ask), **_beside(ask, needed)})
         limit = f"at most {job.decoding(ask).max_new_tokens} tokens"
+        told = f"column {job.source.columns.questions}"
+        if isinstance(ask, AskPrompt):
+            first = next(iter(ask.texts), f"preset {ask.preset}")
+            told = shorten(first, MOST_CHARACTERS, placeholder="...")
         prints[unit] = (
             f"{told} ({f'{len(ask.choices)} choices' if ask.choices else limit}, {hashed})"
         )
     return prints
+
+
+def _asked(job: JobSpec, script: Script) -> dict[str, object]:
+    """The words of a question."""
+    ask = script.ask
+    if isinstance(ask, AskRow):
+        return {"from": ROW_QUESTIONS, "column": job.source.columns.questions}
+    if ask.turns:
+        return {"turns": ask.turns}
+    if ask.prompt is not None:
+        return {"prompt": ask.prompt}
+    # What is drawn for a row follows from the seed.
+    return {"drawn": script.seed} if len(ask.words.prompts) > 1 else {}
+
+
+def _beside(ask: Ask, needed: Mapping[str, str]) -> dict[str, object]:
+    """What else decides what is asked, as far as there is any of it."""
+    known = {
+        "preset": ask.words.to_json() if ask.preset else None,
+        "when": ask.when,
+        "shots": [shot.model_dump() for shot in ask.shots],
+        "needs": needed,
+    }
+    return {name: value for name, value in known.items() if value}
 
 
 def _answering(job: JobSpec, ask: Ask) -> dict[str, object]:
@@ -115,13 +140,15 @@ def _texts(checkpoint: Checkpoint) -> list[str]:
     )
 
 
-def _template(checkpoint: Checkpoint) -> str:
+def _template(checkpoint: Checkpoint, given: str | None) -> str:
+    if template := given_template(given):
+        return digest({"template": template})
     if files := sorted(TEMPLATES & checkpoint.files):
         return _of_files(checkpoint, files)
     for name in ("tokenizer_config.json", "processor_config.json"):
         if template := checkpoint.read_json(name).get("chat_template"):
             return digest({"template": template})
-    return digest({"template": LLAVA_1_5_TEMPLATE})
+    return digest({"template": FORMATS[format_of(checkpoint)]})
 
 
 def _of_files(checkpoint: Checkpoint, names: Iterable[str]) -> str:

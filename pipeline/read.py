@@ -4,6 +4,7 @@ Knows what is still to be answered of each shard, but neither formats (`sources/
 """
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.coverage import Ranges, ShardCoverage
+from pipeline.script import columns_of, scripts_of
 from pipeline.sources import open_source
 from pipeline.sources.base import Reading, Sample, Shard
 from schemas.errors import RowError, StoreUnavailable
@@ -86,7 +88,8 @@ def _rows(
     keep: Mapping[str, pa.DataType],
     on_failure: Callable[[StoreUnavailable], None],
 ) -> Iterator[Row]:
-    source = open_source(job.source, keep=keep)
+    fields = columns_of(scripts_of(job))
+    source = open_source(job.source, keep=keep, fields=fields)
     unfinished = [item for item in task.work if not item.done.is_complete(job.units)]
     source.expect(item.shard for item in unfinished)
     left = task.limit
@@ -99,7 +102,9 @@ def _rows(
             beyond = Ranges() if left is None else Ranges.starting(left)
             skip = item.done.answered_rows(job.units) | beyond
             reading = Reading(source.read(item.shard, skip=skip))
-            yield from _rows_of(reading, item, keep=keep, units=job.units, on_failure=on_failure)
+            yield from _rows_of(
+                reading, item, keep=keep, fields=fields, units=job.units, on_failure=on_failure
+            )
             rows_total = rows_total if reading.rows_total is None else reading.rows_total
         if left is not None:
             # The numbers of what follows a shard without an end are not known.
@@ -108,11 +113,12 @@ def _rows(
                 return
 
 
-def _rows_of(
+def _rows_of(  # noqa: PLR0913 (all but two by name)
     reading: Reading[Sample],
     item: ShardWork,
     *,
     keep: Iterable[str],
+    fields: Collection[str],
     units: Sequence[str],
     on_failure: Callable[[StoreUnavailable], None],
 ) -> Iterator[Row]:
@@ -122,7 +128,7 @@ def _rows_of(
     is_marked = False
     for samples in _by_image(_until_failure(reading, on_failure)):
         asked = [_with_questions(s, item.own.get(s.index)) for s in samples]
-        lines = [_line(s, units=done.missing_units(s.index, units)) for s in asked]
+        lines = [_line(s, units=done.missing_units(s.index, units), fields=fields) for s in asked]
         kept = {KEEP + name: [s.keep.get(name) for s in samples] for name in keep}
         yield {**place, "image": samples[0].image, "lines": lines, **kept}
         is_marked = shard.rows is not None
@@ -161,12 +167,13 @@ def _with_questions(sample: Sample, ids: Collection[str] | None) -> Sample:
     return replace(sample, questions=tuple(q for q in sample.questions if q.id in ids))
 
 
-def _line(sample: Sample, *, units: Sequence[str]) -> Row:
+def _line(sample: Sample, *, units: Sequence[str], fields: Collection[str]) -> Row:
     questions, conversation = sample.questions, sample.conversation
     line: Row = {
         "source_index": sample.index,
         "sample_id": sample.sample_id,
         "units": units,
+        "columns": _looked_at(sample, fields) if fields else None,
         "image_error": error_of(sample.image_error),
         "skip": None if sample.skip is None else _filtered(sample.skip),
         "error": error_of(sample.error),
@@ -180,6 +187,13 @@ def _line(sample: Sample, *, units: Sequence[str]) -> Row:
     elif conversation is not None:
         line["conversation"] = [{"role": t.role, "content": t.content} for t in conversation]
     return line
+
+
+def _looked_at(sample: Sample, fields: Collection[str]) -> str:
+    """As JSON, without what is missing; what JSON does not have (a date) is text."""
+    known = {name: value for name, value in sample.fields.items() if name in fields}
+    there = {name: value for name, value in known.items() if value is not None}
+    return json.dumps(there, default=str, ensure_ascii=False)
 
 
 def _filtered(message: str) -> dict[str, str]:

@@ -6,17 +6,20 @@ and tokenised last is kept. Knows nothing of rows and images.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from pipeline.engine.checkpoint import open_checkpoint
 from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import load_config
-from pipeline.prompt import IMAGE_TOKEN, LLAVA_1_5_TEMPLATE, messages_for
+from pipeline.formats import FORMATS, IMAGE_TOKEN, format_of, given_template
+from pipeline.prompt import messages_for
 from pipeline.sources.base import Turn
-from schemas.errors import ChoiceUnwritable, PromptTooLong, TemplateFailed
+from schemas.errors import ChoiceUnwritable, PromptError, PromptTooLong, TemplateFailed
 from schemas.job import ModelSpec
+from schemas.tables import error_of
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -39,8 +42,8 @@ class Choices:
 
 
 class Tokeniser:
-    """`render(question, earlier)` gives a prompt with one image token, `ids(prompt, places)` its
-    ids, `choices(prompt, texts, places)` those of given answers.
+    """`render(question, earlier, shots)` gives a prompt with one image token, `ids(prompt, places)`
+    its ids, `choices(prompt, texts, places)` those of given answers; `fill_in` notes them.
 
     `places`: how many image tokens each image of the prompt takes, in their order; `image_tokens`
     knows that of an image.
@@ -49,9 +52,12 @@ class Tokeniser:
     def __init__(self, model: ModelSpec, processor: "LlavaProcessor") -> None:
         self._processor: Any = processor
         self._system_prompt = model.system_prompt
-        self._template = processor.chat_template or LLAVA_1_5_TEMPLATE.replace(
-            IMAGE_TOKEN, processor.image_token
-        )
+        template = given_template(model.chat_template) or processor.chat_template
+        if template is None:
+            template = FORMATS[format_of(open_checkpoint(model))]
+        self._template = template
+        if template in FORMATS.values():
+            self._template = template.replace(IMAGE_TOKEN, processor.image_token)
         self.image_tokens = ImageTokens(processor)
         text = load_config(model).get_text_config()
         self._context: int | None = getattr(text, "max_position_embeddings", None)
@@ -59,7 +65,28 @@ class Tokeniser:
         self.ids = functools.lru_cache(PROMPTS_KEPT)(self._ids)
         self.choices = functools.lru_cache(PROMPTS_KEPT)(self._choices)
 
-    def check(self, ids: list[int], *, max_new_tokens: int) -> None:
+    def fill_in(
+        self, entry: dict[str, Any], places: tuple[int, ...], *, options: tuple[str, ...] | None
+    ) -> None:
+        """Give a PROMPT entry that is rendered its ids, and those of the answers that it may have;
+        it fails where they are too many."""
+        try:
+            ids = self.ids(entry["prompt"], places)
+            longest = entry["max_new_tokens"]
+            if options:
+                choices = self.choices(entry["prompt"], options, places)
+                longest = choices.longest - len(ids)
+                entry["choices"] = asdict(choices)
+            self.check(ids, max_new_tokens=longest)
+            entry["token_ids"] = ids
+        except PromptError as error:
+            entry.update(status="failed", error=error_of(error))
+
+    def tokens_of(self, text: str) -> int:
+        """How many tokens a text has, about: what is around it may change that by a few."""
+        return len(self._tokenised(text))
+
+    def check(self, ids: Sequence[int], *, max_new_tokens: int) -> None:
         """Raise PromptTooLong where the model's context has no room for the answer."""
         if self._context is not None and len(ids) + max_new_tokens > self._context:
             of_image = ids.count(self._processor.image_token_id)
@@ -69,13 +96,14 @@ class Tokeniser:
                 f"of {self._context}; shorten the question or max_new_tokens"
             )
 
-    def _render(self, question: str, earlier: tuple[Turn, ...]) -> str:
+    def _render(self, question: str, earlier: tuple[Turn, ...], shots: tuple[Turn, ...]) -> str:
         """The prompt as text. Raises PromptError."""
         token = self._processor.image_token
         messages = messages_for(
             question,
             system=self._system_prompt,
             conversation=earlier,
+            shots=shots,
             image_token=token,
         )
         try:

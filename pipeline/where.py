@@ -1,4 +1,6 @@
-"""`source.where`: a condition over a row's columns, in Python's notation, evaluated by Arrow.
+"""Conditions over a row's columns, in Python's notation, evaluated by Arrow.
+
+They are `source.where`, and `when` of an entry of `ask`, where names may be earlier answers, too.
 
     width >= 512 and license in ["cc0", "cc-by"] and not contains(lower(caption), "chart")
     meta.score > 0.5 or meta.score is None
@@ -56,8 +58,10 @@ Values = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Where:
-    """A condition, and the values that it looks at. `nulls`: types that a missing value needs."""
+    """A condition, and the values that it looks at. `nulls`: types that a missing value needs.
+    `key`: of the spec."""
 
+    key: str
     text: str
     paths: tuple[Path, ...]
     nulls: Mapping[Path, pa.DataType]
@@ -94,7 +98,7 @@ class Where:
         told = ", ".join(f"{'.'.join(path)!r}: {_short(value)}" for path, value in values)
         reason = " ".join(str(error).split())
         return FilterFailed(
-            f"source.where {self.text!r:.200} cannot be evaluated for {{{told:.200}}}: "
+            f"{self.key} {self.text!r:.200} cannot be evaluated for {{{told:.200}}}: "
             f"{reason:.200}; write the condition so that it fits the columns' types"
         )
 
@@ -148,26 +152,26 @@ def where_of(text: str | None) -> Where | None:
 
 
 @functools.cache
-def parse_where(text: str) -> Where:
+def parse_where(text: str, *, key: str = "source.where") -> Where:
     """The condition of a spec. Raises SpecError for what is no such condition."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of backslashes that are no escapes
             tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(_told(text, f"is no condition: {error}")) from error
+        raise SpecError(_told(key, text, f"is no condition: {error}")) from error
     try:
         reader = _Reader()
         expression = reader.condition(tree)
-        return Where(text, tuple(sorted(reader.paths)), reader.nulls, expression)
+        return Where(key, text, tuple(sorted(reader.paths)), reader.nulls, expression)
     except _NotAllowed as error:
-        raise SpecError(_told(text, str(error))) from error
+        raise SpecError(_told(key, text, str(error))) from error
     except UNFIT as error:
-        raise SpecError(_told(text, f"cannot be understood: {error}")) from error
+        raise SpecError(_told(key, text, f"cannot be understood: {error}")) from error
 
 
-def _told(text: str, reason: str) -> str:
+def _told(key: str, text: str, reason: str) -> str:
     return (
-        f"source.where: {text!r:.200} {reason:.200}; wants a condition over columns, such as "
+        f"{key}: {text!r:.200} {reason:.200}; wants a condition over columns, such as "
         'width >= 512 and license in ["cc0", "cc-by"]'
     )
 

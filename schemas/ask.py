@@ -1,10 +1,12 @@
 """The part of the job spec that says what is asked, and how answers are decoded."""
 
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from schemas.base import Spec
+from schemas.presets import PRESETS, Preset, PresetName
 
 ROW_QUESTIONS = "questions"
 """The unit of coverage that stands for all questions a row brings itself (`from: questions`)."""
@@ -60,9 +62,32 @@ class GenerateSpec(Spec):
         return _is_no_almost_zero(temperature)
 
 
+class Shot(Spec):
+    """An example of a question and its answer, without an image."""
+
+    question: str = Field(min_length=1, description="What is asked in the example.")
+    answer: str = Field(min_length=1, description="What a good answer to it is.")
+
+
 class AskKeys(Spec):
     """What may stand in every entry of `ask`."""
 
+    preset: PresetName | None = Field(
+        None,
+        description="Words that need not be written. With a question: short-answer, "
+        "multiple-choice (lists `choices`, each behind a letter), yes-no. Instead of one: "
+        "brief-caption, detailed-caption, instruct-conversation, instruct-detail, "
+        "instruct-reasoning; where these have several prompts, one is drawn for each row.",
+    )
+    when: str | None = Field(
+        None,
+        description="Condition over earlier answers about the image, by the ids of their entries, "
+        "and over the row's columns, as `animal == 'dog' and width >= 512`; where it does not "
+        "hold, the question is `skipped`.",
+    )
+    shots: tuple[Shot, ...] = Field(
+        (), description="Examples, {question, answer}, that stand before the image as turns."
+    )
     choices: Texts | None = Field(
         None,
         description="The answers that there may be, two or more: the model's probability of each "
@@ -112,6 +137,26 @@ class AskKeys(Spec):
                 raise ValueError(f"{choice!r} has a space at an end; take it off")
         return choices
 
+    @model_validator(mode="after")
+    def _preset_fills_in(self) -> "AskKeys":
+        for name, value in self.words.defaults.items():
+            if getattr(self, name) is None:
+                # Frozen for everybody else.
+                object.__setattr__(self, name, value)
+        return self
+
+    @property
+    def words(self) -> Preset:
+        """Of the preset; without any, where there is none."""
+        return Preset() if self.preset is None else PRESETS[self.preset]
+
+    @property
+    def options(self) -> tuple[str, ...] | None:
+        """What the model is to say for each of `choices`."""
+        if self.choices is None or not self.words.lists_choices:
+            return self.choices
+        return tuple(string.ascii_uppercase[: len(self.choices)])
+
     @property
     def decoded(self) -> dict[str, Any]:
         """The keys that `generate` has, too, as far as they are given."""
@@ -128,11 +173,22 @@ class AskedOfAll(Spec):
     id: str = Field(
         min_length=1, max_length=200, description="Name of the question in the answer table."
     )
-    prompt: str = Field(min_length=1, description="The question, as the model reads it.")
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="The question: a Jinja template over the row's columns, as `What does "
+        "{{ artist }} show here?`, and over earlier answers about the image, as "
+        "`{{ answers.animal }}`.",
+    )
+    turns: Texts = Field(
+        (),
+        description="Instead of `prompt`: questions (templates, too) that are asked one after the "
+        "other, each in view of the answers before; they are told apart by `turn`.",
+    )
 
 
 class AskPrompt(AskKeys, AskedOfAll):
-    """One question that is asked of every image."""
+    """One question, or one conversation, about every image."""
 
     @field_validator("id")
     @classmethod
@@ -140,6 +196,11 @@ class AskPrompt(AskKeys, AskedOfAll):
         if value == ROW_QUESTIONS:
             raise ValueError(f"`{ROW_QUESTIONS}` stands for the row's own questions; rename it")
         return value
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The templates that it brings, one a turn; none where its preset has the prompts."""
+        return self.turns if self.prompt is None else (self.prompt,)
 
 
 class AskedOfRow(Spec):
@@ -172,6 +233,8 @@ def default_of(key: str) -> Any:
 
 def contradiction(ask: Ask, decoding: GenerateSpec) -> str | None:
     """What cannot be meant, with the remedy."""
+    if mistake := _unasked(ask):
+        return mistake
     if ask.choices:
         given = [*ask.decoded, *(["json_schema"] if ask.json_schema is not None else [])]
         return f"choices are not decoded: {given[0]} has no effect; drop it" if given else None
@@ -191,4 +254,25 @@ def contradiction(ask: Ask, decoding: GenerateSpec) -> str | None:
             f"{given[0]} has no effect at temperature 0, which always takes the likeliest token: "
             "drop it, or set a temperature"
         )
+    return None
+
+
+def _unasked(ask: Ask) -> str | None:
+    """What is wrong with the words of a question."""
+    is_own = isinstance(ask, AskRow)
+    given = [name for name in ("prompt", "turns") if getattr(ask, name, None)]
+    has_prompts = bool(ask.words.prompts)
+    if has_prompts and (is_own or given):
+        what = "the row brings the question" if is_own else f"{given[0]} has no effect; drop it"
+        return f"preset {ask.preset} is a prompt of its own: {what}"
+    if not is_own and not given and not has_prompts:
+        return "there is no question: give prompt, turns, or a preset such as brief-caption"
+    if len(given) > 1:
+        return "prompt and turns are both given; keep one of them"
+    if ask.choices and "turns" in given:
+        return "choices are for one question, and turns are several: drop either"
+    if ask.words.lists_choices and not is_own and not ask.choices:
+        return f"preset {ask.preset} lists choices, and there are none; give choices"
+    if ask.words.lists_choices and len(ask.choices or ()) > len(string.ascii_uppercase):
+        return f"preset {ask.preset} has a letter for each choice, and there are more than 26"
     return None

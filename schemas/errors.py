@@ -24,7 +24,8 @@
         ├── PromptError           stage `prompt`
         │   ├── ConversationMalformed the row's conversation cannot be read as turns
         │   ├── ImageTokenInText      text that would be taken for an image
-        │   ├── TemplateFailed        the chat template refuses the conversation
+        │   ├── TemplateFailed        prompt or chat template cannot be filled in
+        │   ├── ConditionFailed       `when` cannot be evaluated for the row
         │   ├── PromptTooLong         prompt and answer do not fit the model's context
         │   └── ChoiceUnwritable      the model's tokens do not tell one choice from another
         └── GenerateError         stage `generate`
@@ -139,6 +140,10 @@ class ImageTokenInText(PromptError):
 
 
 class TemplateFailed(PromptError):
+    pass
+
+
+class ConditionFailed(PromptError):
     pass
 
 

@@ -163,6 +163,12 @@ class ModelSpec(Spec):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where the generate actor sees a GPU, else the CPU."
     )
+    chat_template: str | None = Field(
+        None,
+        description="How a conversation is written: vicuna, mistral, llama-3, chatml, plain, or a "
+        "Jinja chat template; null: the checkpoint's own, else the one that its text model was "
+        "trained with.",
+    )
     system_prompt: str | None = Field(
         None, description="Text put in front of every conversation, as the template renders it."
     )
@@ -330,6 +336,10 @@ class JobSpec(Spec):
     def decoding(self, ask: Ask) -> GenerateSpec:
         """`generate` with what the question says otherwise."""
         return self.generate.model_copy(update=ask.decoded)
+
+    def turns(self, ask: Ask) -> int:
+        """How many questions each of this entry's asks, one after the other."""
+        return 1 if isinstance(ask, AskRow) else max(len(ask.texts), 1)
 
     def samples(self, ask: Ask) -> int:
         """How many answers each question of this entry has: one, where none is drawn."""

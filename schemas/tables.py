@@ -41,13 +41,17 @@ LINE = (
 )
 """What a line says of itself. `units`: the units of coverage still to be answered for it."""
 
+TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
+"""One message of an earlier conversation."""
+
 SAMPLE_LINE = pa.struct(
     [
         *LINE,
         ("questions", pa.list_(pa.struct([("id", pa.string()), ("question", pa.string())]))),
         ("questions_error", ERROR),
-        ("conversation", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("conversation", pa.list_(TURN)),
         ("conversation_error", ERROR),
+        ("columns", pa.string()),
         ("image_error", ERROR),
         ("skip", ERROR),
         ("error", ERROR),
@@ -55,7 +59,8 @@ SAMPLE_LINE = pa.struct(
 )
 """`questions`: the line's own, null where the source has none; `questions_error` says why they
 cannot be known, `conversation_error` why no question of the line can be rendered, `image_error` why
-it has no image, `skip` why none of its questions is to be answered. `error`: the line itself cannot
+it has no image, `skip` why none of its questions is to be answered. `columns`: what prompts and
+conditions look at, as a JSON object; null where they look at none. `error`: the line itself cannot
 be read."""
 
 SAMPLE = pa.schema(
@@ -70,6 +75,9 @@ PROMPT = pa.struct(
     [
         ("unit", pa.string()),
         ("question_id", pa.string()),
+        ("turn", pa.int16()),
+        ("is_later", pa.bool_()),
+        ("is_extra", pa.bool_()),
         ("question", pa.string()),
         ("prompt", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
@@ -80,10 +88,20 @@ PROMPT = pa.struct(
     ]
 )
 """One question of a line, rendered and tokenised with its image tokens expanded. `unit`: of
-coverage, null where it stands for several. `choices`: null where answers are free. `status` is null
-where the model is to answer, else `failed` or `skipped` with its `error`."""
+coverage, null where it stands for several. `is_later`: it waits for answers about the line, and
+nothing but its question is known yet, at most. `is_extra`: it is asked for the sake of others, and
+has an answer already. `choices`: null where answers are free. `status` is null where the model is
+to answer, else `failed` or `skipped` with its `error`."""
 
-PREPARED_LINE = pa.struct([*LINE, ("prompts", pa.list_(PROMPT))])
+PREPARED_LINE = pa.struct(
+    [
+        *LINE,
+        ("prompts", pa.list_(PROMPT)),
+        ("conversation", pa.list_(TURN)),
+        ("columns", pa.string()),
+    ]
+)
+"""`conversation` and `columns`: of SAMPLE_LINE, where a prompt is later; else null."""
 
 PREPARED = pa.schema(
     [

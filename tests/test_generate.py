@@ -245,7 +245,7 @@ class Recorder:
 def recorded(job, table):
     """The answers, and the requests that they took."""
     generate = Generate(job, KEEP, run_id="r")
-    generate._engine = recorder = Recorder(generate._engine)
+    generate._rounds.engine = recorder = Recorder(generate._rounds.engine)
     return generate(Encode(job, KEEP)(table)).to_pylist(), recorder.requests
 
 
@@ -308,7 +308,7 @@ def test_an_image_of_several_shards_is_looked_at_once():
     rows = [sample(n, source_uri=f"{n}.tar", image=png(0), units=["colour"]) for n in range(3)]
     generate = Generate(job_of(), KEEP, run_id="r")
     looked_at = []
-    tower = generate._engine._looker._model.model.vision_tower
+    tower = generate._rounds.engine._looker._model.model.vision_tower
     tower.register_forward_pre_hook(
         lambda _, args, kwargs: looked_at.append(len(kwargs.get("pixel_values", *args))),
         with_kwargs=True,

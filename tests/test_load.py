@@ -232,16 +232,14 @@ def test_every_mistake_has_its_line() -> None:
         max_failed_fraction="a",
     )
     assert told.splitlines() == [
-        "job.yaml: 16 mistakes",
+        "job.yaml: 14 mistakes",
         "  source.format: 'image' should be 'webdataset', 'parquet', 'images' or 'manifest'; "
         "did you mean images?",
         "  source.path: 5 should be a string or a list",
         "  source.storage.anon: 'yes' should be true or false",
         "  ask.0.id: 1 should be a string",
-        "  ask.0.prompt: is missing",
         "  ask.0.promt: unknown key (value 'b'); did you mean prompt?",
         "  ask.1.id: is missing",
-        "  ask.1.prompt: is missing",
         "  ask.1.form: unknown key (value 'questions'); did you mean from?",
         "  ask.2.from: 'x' should be 'questions'",
         "  ask.3: 'Is it?' should be a mapping of keys",

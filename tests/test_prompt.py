@@ -3,7 +3,8 @@
 import jinja2
 import pytest
 
-from pipeline.prompt import LLAVA_1_5_TEMPLATE, messages_for
+from pipeline.formats import FORMATS
+from pipeline.prompt import messages_for
 from pipeline.sources.base import Turn
 from schemas.errors import ImageTokenInText
 
@@ -17,7 +18,7 @@ def said(messages):
 
 
 def rendered(messages):
-    template = jinja2.Environment(autoescape=False).from_string(LLAVA_1_5_TEMPLATE)
+    template = jinja2.Environment(autoescape=False).from_string(FORMATS["vicuna"])
     return template.render(messages=messages, add_generation_prompt=True)
 
 

@@ -1,6 +1,6 @@
 """Where samples come from: one module a format, one seam (`base.py`) towards the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pyarrow as pa
 
@@ -18,17 +18,18 @@ def open_source(
     *,
     keep: Mapping[str, pa.DataType] | None = None,
     fetcher: Fetcher | None = None,
+    fields: Collection[str] = (),
 ) -> Source:
     """The source of a spec; nothing is listed or read yet.
 
     `keep`: the types of the kept columns, for who was told them by `keep_types`. `fetcher`: where
-    images come from that rows only name. Raises SpecError for settings that the format does not
-    have.
+    images come from that rows only name. `fields`: columns that samples have to bring, besides
+    those that `where` looks at. Raises SpecError for settings that the format does not have.
     """
     if spec.format == "parquet":
-        return Parquet(spec, keep=keep, fetcher=fetcher)
+        return Parquet(spec, keep=keep, fetcher=fetcher, fields=fields)
     if spec.format == "manifest":
-        return Manifest(spec, fetcher=fetcher)
+        return Manifest(spec, fetcher=fetcher, fields=fields)
     if spec.format == "images":
-        return Images(spec, fetcher=fetcher)
-    return WebDataset(spec)
+        return Images(spec, fetcher=fetcher, fields=fields)
+    return WebDataset(spec, fields=fields)

@@ -74,7 +74,7 @@ class Sample:
     known. `image_error` is set where the row is known and its image cannot be had: each of its
     questions fails with it. `error` is set where the row itself cannot be read: it has one failed
     answer, whatever is asked. With either, there is no image. `skip`: why the row is not asked
-    anything. `fields`: the values of the columns that `source.where` looks at.
+    anything. `fields`: the values of the columns that are looked at.
     """
 
     index: int

@@ -6,7 +6,7 @@ their turn, as those that rows of other formats name.
 """
 
 import json
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -27,12 +27,14 @@ PATTERN_CHARACTERS = "*?[{"
 class Images:
     """Image files, one row each; `sample_id` and `__key__` are the name below the listed folder."""
 
-    def __init__(self, spec: SourceSpec, *, fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self, spec: SourceSpec, *, fetcher: Fetcher | None = None, fields: Collection[str] = ()
+    ) -> None:
         _refuse_columns(spec)
         self.spec = spec
         self._fetcher = fetcher or Fetcher(spec)
         self._where = where_of(spec.where)
-        self._fields = columns_of(self._where)
+        self._fields = columns_of(self._where) | {*fields}
         self._lists = [path for path in spec.paths if has_suffix(path, SUFFIXES)]
         self._others = [path for path in spec.paths if path not in self._lists]
         folders = [spec.image_root or _folder(path) for path in self._lists]

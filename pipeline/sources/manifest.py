@@ -14,7 +14,8 @@ Where VQA's annotation JSON is given beside the questions (`*questions*.json`,
 """
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from operator import itemgetter
@@ -32,7 +33,7 @@ from pipeline.sources.jsonrows import Entry, Layout, NoRow, open_rows
 from pipeline.sources.manifestrows import IMAGE_NAMES, Line, ManifestRows, Row, image_column
 from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import StoredFile, list_files
-from pipeline.where import where_of
+from pipeline.where import columns_of, where_of
 from schemas.errors import (
     ManifestMalformed,
     RowError,
@@ -60,9 +61,12 @@ class _Lines(NamedTuple):
 class Manifest:
     """Files of JSON."""
 
-    def __init__(self, spec: SourceSpec, *, fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self, spec: SourceSpec, *, fetcher: Fetcher | None = None, fields: Collection[str] = ()
+    ) -> None:
         self._spec = spec
         self._where = where_of(spec.where)
+        self._fields = columns_of(self._where) | {*fields}
         self._fetcher = fetcher or Fetcher(spec)
 
     def keep_types(self) -> Mapping[str, pa.DataType]:
@@ -106,7 +110,7 @@ class Manifest:
                     annotations.read(file.uri, self._spec.storage)
             elif scan.layout == "annotations" and scan.error is None:
                 self._expect_questions(scan)
-            named = _named_samples(aside, scan.rows(), annotations)
+            named = _named_samples(aside, scan.rows(self._fields), annotations)
             asked = self._asked(marked(named, self._where), beside=shard.place)
             fetched = stack.enter_context(closing(self._fetcher.fetch_for(asked)))
             image: bytes | RowError | None = None
@@ -189,11 +193,13 @@ class _Scan:
         self.error = error
         self.rows_total += 1
 
-    def rows(self) -> ManifestRows:
+    def rows(self, fields: AbstractSet[str]) -> ManifestRows:
         """How to understand what was put aside."""
         is_named_by_number = self._image is None and self.layout == "questions"
         image = None if is_named_by_number else self._image or IMAGE_NAMES[0]
-        return ManifestRows(self._shard.uri, spec=self._spec, image=image, header=self._header)
+        return ManifestRows(
+            self._shard.uri, spec=self._spec, image=image, header=self._header, fields=fields
+        )
 
     def is_wanted(self, index: int, key: str | None = None) -> bool:
         """Whether a row is still to be given, by this piece; `key`: which image it is on."""

@@ -16,6 +16,7 @@ image as written.
 """
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -23,7 +24,6 @@ from pipeline.sources.base import KEY, Question, Sample, Turn
 from pipeline.sources.jsonvalues import json_text, label
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
-from pipeline.where import columns_of, where_of
 from schemas.errors import (
     ConversationMalformed,
     ImageMissing,
@@ -63,11 +63,17 @@ class ManifestRows:
     """
 
     def __init__(
-        self, uri: str, *, spec: SourceSpec, image: str | None, header: Mapping[str, Any]
+        self,
+        uri: str,
+        *,
+        spec: SourceSpec,
+        image: str | None,
+        header: Mapping[str, Any],
+        fields: AbstractSet[str],
     ) -> None:
         self._name = shown(uri)
         self._keep, self._columns = spec.keep, spec.columns
-        self._fields = columns_of(where_of(spec.where))
+        self._fields = fields
         self._image, self._header = image, header
 
     def image_of(self, line: Line) -> str | None:

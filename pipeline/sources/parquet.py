@@ -12,7 +12,7 @@ Kept columns keep their type, which is that of the first file. Where another fil
 rows whose value would change fail; a column that another file does not have is null.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
 
@@ -27,7 +27,7 @@ from pipeline.sources.rowgroups import GroupBroken, RowGroups, open_row_groups
 from pipeline.sources.tablerows import TableRows
 from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import list_files
-from pipeline.where import where_of
+from pipeline.where import columns_of, where_of
 from schemas.errors import ShardUnreadable, SpecError, StoreUnavailable
 from schemas.job import ColumnsSpec, SourceSpec
 
@@ -49,9 +49,11 @@ class Parquet:
         *,
         keep: Mapping[str, pa.DataType] | None = None,
         fetcher: Fetcher | None = None,
+        fields: Collection[str] = (),
     ) -> None:
         self._spec = spec
         self._where = where_of(spec.where)
+        self._fields = columns_of(self._where) | {*fields}
         self._keep = keep if spec.keep else {}
         self._fetcher = fetcher or Fetcher(spec)
         self._shards: Sequence[Shard] | None = None
@@ -123,7 +125,13 @@ class Parquet:
         """The rows of a shard's piece, each with the URI of its image if that is wanted."""
         if self._keep is None:
             self.keep_types()
-        rows = TableRows(shard.uri, table.schema, spec=self._spec, keep=self._keep or {})
+        rows = TableRows(
+            shard.uri,
+            table.schema,
+            spec=self._spec,
+            keep=self._keep or {},
+            fields=self._fields,
+        )
         number, pieces = shard.piece
         groups = len(table.ranges)
         for group in range(groups * number // pieces, groups * (number + 1) // pieces):

@@ -6,6 +6,7 @@ image that is elsewhere.
 
 import json
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -15,7 +16,6 @@ from pipeline.sources.columns import Unfit, fitted, image_column
 from pipeline.sources.jsonvalues import parsed
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
-from pipeline.where import columns_of, where_of
 from schemas.errors import ColumnMalformed, ConversationMalformed, ImageMissing, QuestionsMalformed
 from schemas.job import SourceSpec
 
@@ -24,14 +24,20 @@ class TableRows:
     """The rows of one file. `columns`: those to be read; there is one at least, to see the rows."""
 
     def __init__(
-        self, uri: str, schema: pa.Schema, *, spec: SourceSpec, keep: Mapping[str, pa.DataType]
+        self,
+        uri: str,
+        schema: pa.Schema,
+        *,
+        spec: SourceSpec,
+        keep: Mapping[str, pa.DataType],
+        fields: AbstractSet[str],
     ) -> None:
         self.uri = uri
         self._keep = keep
         self._columns = spec.columns
         self._image, self._no_image = _image_of(schema, spec.columns.image)
         names = (self._image, KEY, spec.columns.id, spec.columns.questions)
-        self._fields = columns_of(where_of(spec.where))
+        self._fields = fields
         asked = {*names, spec.columns.conversation, *keep, *self._fields}
         known = [name for name in schema.names if schema.names.count(name) == 1]
         wanted = [name for name in known if name in asked]

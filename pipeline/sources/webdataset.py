@@ -11,7 +11,7 @@ that name, which win. This module decodes no image and decides no question.
 
 import json
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -73,12 +73,12 @@ class _Columns:
 class WebDataset:
     """Tar shards, plain or compressed, read as one stream each."""
 
-    def __init__(self, spec: SourceSpec) -> None:
+    def __init__(self, spec: SourceSpec, *, fields: Collection[str] = ()) -> None:
         self.spec = spec
         columns = spec.columns
         self.image_suffix = columns.image.lower().lstrip(".") if columns.image else None
         self._where = where_of(spec.where)
-        self._fields = columns_of(self._where)
+        self._fields = columns_of(self._where) | {*fields}
         asked = {columns.id, columns.questions, columns.conversation, *spec.keep, *self._fields}
         self.suffixes = {"json", *(suffix for suffix in TEXT_SUFFIXES if suffix in asked)}
 

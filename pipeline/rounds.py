@@ -1,0 +1,157 @@
+"""Tasks to requests of the engine, and outcomes back to tasks.
+
+Questions that share an image and a prefix (up to the last image token) are one request, whatever
+rows they are of. What falls due while a request is at work and begins with its prefix joins it,
+where it finds the prefix read, and the conversation that it goes on from; the rest is asked in
+another round.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.asking import Asking
+from pipeline.engine.request import Branch, Engine, ImagePixels, Outcome, Prefix, Request
+from pipeline.talk import Said, Talk, Task
+from pipeline.tokenise import alike
+
+TokenIds = tuple[int, ...]
+_Place = tuple[Task, int]
+"""Where an outcome belongs: a task, and which of its branches."""
+
+
+class Rounds:
+    """`ask(talks)` settles all their tasks."""
+
+    def __init__(
+        self, engine: Engine, *, askings: Mapping[str, Asking], image_token_id: int
+    ) -> None:
+        self.engine, self._askings, self._image_token_id = engine, askings, image_token_id
+
+    def ask(self, talks: Sequence[Talk]) -> None:
+        due = [task for talk in talks for task in talk.due()]
+        images: dict[str, ImagePixels] = {}
+        while due:
+            for task in due:
+                row = task.talk.row
+                if row["image_sha256"] not in images:
+                    images[row["image_sha256"]] = _image(row)
+            groups = self._groups(due, images)
+            submitted = self.engine.submit([group.request() for group in groups])
+            for group, outcomes in zip(groups, submitted, strict=True):
+                if not group.grows:
+                    for number, outcome in enumerate(outcomes):
+                        group.settle(number, outcome)
+            due = [task for group in groups for task in group.left]
+
+    def _groups(
+        self, tasks: Iterable[Task], images: Mapping[str, ImagePixels]
+    ) -> Sequence["_Group"]:
+        by_prefix: dict[tuple[str, TokenIds], list[Task]] = {}
+        for task in tasks:
+            prefix = self._prefix(task.prompt["token_ids"])
+            by_prefix.setdefault((task.talk.row["image_sha256"], prefix), []).append(task)
+        return [
+            _Group(prefix, images[sha256], alike_tasks, self._askings)
+            for (sha256, prefix), alike_tasks in by_prefix.items()
+        ]
+
+    def _prefix(self, ids: Sequence[int]) -> TokenIds:
+        """Up to and including the last image token."""
+        last = max(i for i, token in enumerate(ids) if token == self._image_token_id)
+        return tuple(ids[: last + 1])
+
+
+@dataclass
+class _Group:
+    """One request in the making, and while it is at work. `left`: what it could not take up."""
+
+    prefix: TokenIds
+    image: ImagePixels
+    tasks: Sequence[Task]
+    askings: Mapping[str, Asking]
+    left: list[Task] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        talks = {id(task.talk): task.talk for task in self.tasks}.values()
+        self.grows = any(talk.has_later for talk in talks)
+        self._places: list[list[_Place]] = []
+        self._branch_of: dict[tuple[int, Said], int] = {}
+        branches = self._added(self.tasks)
+        if not any(talk.has_chains for talk in talks):
+            # What comes later goes on from a branch, and so begins alike.
+            branches = self._with_shared_start(branches)
+        self._branches = branches
+
+    def request(self) -> Request:
+        grow = self._grown if self.grows else None
+        return Request(Prefix(self.prefix, [self.image]), self._branches, grow)
+
+    def settle(self, number: int, outcome: Outcome) -> list[Task]:
+        """Give it to all that asked the same; tells what is due then."""
+        due: list[Task] = []
+        for task, place in self._places[number]:
+            task.outcomes[place] = outcome
+            if None not in task.outcomes:
+                due += task.talk.settle(task)
+        return due
+
+    def _grown(self, number: int, outcome: Outcome) -> Sequence[Branch]:
+        due = self.settle(number, outcome)
+        fitting = [task for task in due if self._begins_alike(task)]
+        self.left += [task for task in due if not self._begins_alike(task)]
+        return self._added(fitting)
+
+    def _begins_alike(self, task: Task) -> bool:
+        n = len(self.prefix)
+        ids = task.prompt["token_ids"]
+        return len(ids) > n and tuple(ids[:n]) == self.prefix
+
+    def _added(self, tasks: Iterable[Task]) -> list[Branch]:
+        """The branches of tasks. Without chance, the same question gets the same answer."""
+        first = len(self._places)
+        numbers: dict[Branch, int] = {}
+        for task in tasks:
+            branches = self._branches_of(task)
+            task.outcomes = [None] * len(branches)
+            for place, branch in enumerate(branches):
+                number = numbers.setdefault(branch, first + len(numbers))
+                if number == len(self._places):
+                    self._places.append([])
+                self._places[number].append((task, place))
+                if place < len(task.samples):
+                    self._branch_of[id(task.talk), task.keys[place]] = number
+        return list(numbers)
+
+    def _branches_of(self, task: Task) -> list[Branch]:
+        talk, asking = task.talk, self.askings[task.prompt["unit"]]
+        branches = asking.branches(
+            task.prompt, talk.place, start=len(self.prefix), samples=task.samples
+        )
+        if not talk.has_later and task.prompt["turn"] == 0:
+            return branches
+        parent = talk.parent(task)
+        continues = self._branch_of.get((id(talk), parent)) if parent else None
+        later = talk.later_tokens(task)
+        return [replace(each, continues=continues, later_tokens=later) for each in branches]
+
+    def _with_shared_start(self, branches: list[Branch]) -> list[Branch]:
+        """What all branches begin with becomes part of the prefix, and is read once."""
+        unscored = [tuple(_unscored(branch)) for branch in branches]
+        shared = alike(min(unscored), max(unscored))
+        if len(branches) == 1 or shared <= 1:
+            return branches
+        # A branch keeps the token at which it is answered.
+        self.prefix = (*self.prefix, *branches[0].token_ids[: shared - 1])
+        return [replace(b, token_ids=b.token_ids[shared - 1 :]) for b in branches]
+
+
+def _unscored(branch: Branch) -> Sequence[int]:
+    return branch.token_ids[: len(branch.token_ids) - branch.scored]
+
+
+def _image(row: Mapping[str, Any]) -> ImagePixels:
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
+    return ImagePixels(pixels, row["image_sha256"], (row["image_width"], row["image_height"]))
