@@ -4,10 +4,11 @@
     Row    a branch; its row holds the keys of its question and its answer; a lone branch's row
            those of the prefix, too, where it is wide enough: then there is no slot
 
-Whatever is taken out, the last one moves into its place, keys and all. Knows the arenas, not the
-model.
+Whatever is taken out, the last one moves into its place, keys and all; but a branch that continues
+one that is over takes its row, and what it has of its keys. Knows the arenas, not the model.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,30 +28,42 @@ NOWHERE = -1
 
 class Job:
     """A request on its way; `is_over` is called once, when all its branches have an outcome or
-    `error` is set."""
+    `error` is set. What may grow keeps its slot, where others find the prefix that follow."""
 
     def __init__(self, request: Request, is_over: Callable[[], None]) -> None:
-        self.request = request
+        self.request, self.grows = request, request.grow is not None
         self.error: Exception | None = None
         self.outcomes: list[Outcome | None] = [None] * len(request.branches)
         self.slot = NOWHERE
         self.prefix_tokens = len(request.prefix.token_ids)
         self.waiting = deque(Row(self, n, branch) for n, branch in enumerate(request.branches))
         self.whole_tokens: int | None = None
-        """Of prefix, question and answer, where there is one branch only."""
+        """Of prefix, question and answer, where there is one branch only, and none follows."""
         self.live = 0
         self.is_poisoned = False
         self._left = len(request.branches)
-        if len(request.branches) == 1:
+        if len(request.branches) == 1 and not self.grows:
             self.whole_tokens = self.prefix_tokens + self.waiting[0].most_tokens
         self._is_over = is_over
 
     @property
     def most_own_tokens(self) -> int:
         """Of the longest of its branches that wait."""
-        return max((row.most_tokens for row in self.waiting), default=0)
+        return max((row.wanted_tokens for row in self.waiting), default=0)
+
+    def grown(self, number: int, outcome: Outcome) -> list["Row"]:
+        """What follows a branch that is about to be settled. Raises what the request raises."""
+        if self.request.grow is None or self.error is not None:
+            return []
+        branches = list(self.request.grow(number, outcome))
+        rows = [Row(self, n, branch) for n, branch in enumerate(branches, len(self.outcomes))]
+        self.outcomes += [None] * len(rows)
+        self._left += len(rows)
+        return rows
 
     def settle(self, number: int, outcome: Outcome) -> None:
+        if self.error is not None:
+            return
         self.outcomes[number] = outcome
         self._left -= 1
         if not self._left:
@@ -60,15 +73,12 @@ class Job:
         """All outcomes; there are as many as branches, or something here is wrong."""
         return [_known(outcome) for outcome in self.outcomes]
 
-    def settle_waiting(self, outcome: Outcome) -> None:
-        """The same outcome for every branch that has no row yet."""
-        while self.waiting:
-            self.settle(self.waiting.popleft().number, outcome)
-
     def fail(self, error: Exception) -> None:
         """End without outcomes."""
-        self.error = error
-        self._is_over()
+        self.waiting.clear()
+        if self.error is None:
+            self.error = error
+            self._is_over()
 
 
 def _known(outcome: Outcome | None) -> Outcome:
@@ -85,6 +95,10 @@ class Row:
         self.index = NOWHERE
         # All but the last token of an answer have keys.
         self.most_tokens = len(branch.token_ids) + branch.max_new_tokens - 1
+        self.wanted_tokens = self.most_tokens + branch.later_tokens
+        """For which there is to be room, so that others can continue it."""
+        self.kept: int | None = None
+        """Until it is read: so many tokens' keys are here already."""
         self.said = Said(job.request.prefix.token_ids, branch)
         self.is_whole = False
         """Whether the keys of the prefix are here, and not in a slot."""
@@ -92,6 +106,8 @@ class Row:
     @property
     def own_tokens(self) -> int:
         """Tokens whose keys are here: all but the latest that was said."""
+        if self.kept is not None:
+            return self.kept
         own = len(self.branch.token_ids) + max(self.said.count - 1, 0)
         return own + self.job.prefix_tokens if self.is_whole else own
 
@@ -99,6 +115,19 @@ class Row:
     def next_position(self) -> int:
         """Of the latest token, which is read next."""
         return self.own_tokens if self.is_whole else self.job.prefix_tokens + self.own_tokens
+
+    @property
+    def unread(self) -> Sequence[int]:
+        """Tokens of the question that have no keys yet."""
+        return self.branch.token_ids[self.kept or 0 :]
+
+    def kept_of(self, other: "Row") -> int:
+        """So many first tokens of another one's question and answer, of those that have keys, are
+        its own, too. It reads one of its own at least, and those that are scored."""
+        held = [*other.branch.token_ids, *other.said.tokens][: other.own_tokens]
+        own = self.branch.token_ids[: -1 - self.branch.scored]
+        pairs = zip(held, own, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True)
@@ -124,13 +153,17 @@ class Size:
 
 @dataclass
 class Live:
-    """The jobs in slots and the rows at work. `tokens`: [rows] the latest token of each."""
+    """The jobs in slots and the rows at work. `tokens`: [rows] the latest token of each.
+
+    `continuing`: those of the rows that have taken one over, and are to be read next.
+    """
 
     prefixes: KVArena
     branches: KVArena
     tokens: torch.Tensor
     jobs: list[Job] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    continuing: deque[Row] = field(default_factory=deque)
 
     @classmethod
     def empty(cls, shape: Shape, size: Size) -> "Live":
@@ -167,8 +200,12 @@ class Live:
         """Whether it needs no slot."""
         return job.whole_tokens is not None and job.whole_tokens <= self.branches.width
 
+    def holds(self, row: Row) -> bool:
+        """Whether rows are wide enough for one that needs a slot."""
+        return row.most_tokens <= self.branches.width
+
     def take_in(self, job: Job, rows: Sequence[Row]) -> None:
-        """Give a job its slot, if it needs one that it has not yet, and its rows their places."""
+        """Give a job its slot, and its rows their places, where they have none yet."""
         if job.slot == NOWHERE:
             if self.fits_whole(job):
                 rows[0].is_whole = True
@@ -176,29 +213,49 @@ class Live:
                 job.slot = len(self.jobs)
                 self.jobs.append(job)
         for row in rows:
-            row.index = len(self.rows)
-            self.rows.append(row)
-        job.live += len(rows)
+            if row.kept is None:
+                self._append(row)
+
+    def _append(self, row: Row) -> None:
+        row.index = len(self.rows)
+        self.rows.append(row)
+        row.job.live += 1
 
     def put_back(self, job: Job, rows: Sequence[Row], *, with_prefix: bool) -> None:
         """Undo the latest `take_in`."""
-        for row in reversed(rows):
+        for row in reversed([row for row in rows if row.kept is None]):
             assert self.rows.pop() is row
             row.index = NOWHERE
             row.is_whole = False
-        job.live -= len(rows)
+            job.live -= 1
         if with_prefix and job.slot != NOWHERE:
             assert self.jobs.pop() is job
             job.slot = NOWHERE
 
+    def go_on(self, row: Row, over: Row) -> bool:
+        """Give a row the place of one that is over, or a copy of its keys if that has been taken;
+        false where there is no room."""
+        kept, place = row.kept_of(over), over.index
+        if not self.holds(row):
+            return False
+        if self.rows[place] is over:
+            self.rows[place], row.index = row, place
+        elif kept and self.free_rows:
+            self._append(row)
+            self.branches.move(place, row.index, tokens=kept)
+        else:
+            return False
+        row.kept = kept
+        self.continuing.append(row)
+        return True
+
     def say(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
         """Note the latest token [rows] of each."""
-        first, last = rows[0].index, rows[-1].index
-        if last - first == len(rows) - 1:
-            self.tokens[first : last + 1] = tokens
+        places, first = [row.index for row in rows], rows[0].index
+        if places == list(range(first, first + len(rows))):
+            self.tokens[first : first + len(rows)] = tokens
         else:
-            places = torch.tensor([row.index for row in rows])
-            self.tokens[sent(places, tokens.device)] = tokens
+            self.tokens[sent(torch.tensor(places), tokens.device)] = tokens
 
     def remove(self, row: Row) -> None:
         """Take a row out, and its job with the last one."""
@@ -212,10 +269,15 @@ class Live:
             last.index = place
         row.index = NOWHERE
         row.job.live -= 1
-        if row.job.slot != NOWHERE and not row.job.live and not row.job.waiting:
-            self._remove_job(row.job)
+        self.let_go(row.job)
 
-    def _remove_job(self, job: Job) -> None:
+    def let_go(self, job: Job) -> None:
+        """Take a job out if nobody needs its slot any more."""
+        if job.slot != NOWHERE and not job.live and not job.waiting:
+            self.remove_job(job)
+
+    def remove_job(self, job: Job) -> None:
+        """Take out a job that has no rows."""
         place, last = job.slot, self.jobs.pop()
         if job.is_poisoned:
             self.prefixes.clear(place)
@@ -250,7 +312,7 @@ class Live:
         return Shared(
             arena=self.prefixes,
             tokens=torch.from_numpy(tokens).to(device),
-            longest=int(tokens.max()),
+            longest=max(int(tokens.max()), 1),
             grid=grid,
             alone=torch.from_numpy(alone).to(device) if alone.any() else None,
         )
@@ -266,5 +328,5 @@ class Live:
         other.prefixes.copy(self.prefixes, sequences=len(self.jobs))
         other.branches.copy(self.branches, sequences=len(self.rows))
         other.tokens[: len(self.rows)] = self.tokens[: len(self.rows)]
-        other.jobs, other.rows = self.jobs, self.rows
+        other.jobs, other.rows, other.continuing = self.jobs, self.rows, self.continuing
         return other

@@ -1,4 +1,7 @@
-"""The pass that reads prompts: causal stretches, then each question over its prefix and itself."""
+"""The pass that reads prompts: causal stretches, then each question over its prefix and itself.
+
+A question that continues another one looks at what its row has of that, too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ from pipeline.engine.attention import (
     Asked,
     Bias,
     Pair,
+    Part,
     attend_causally,
     attend_part,
     bias_of,
@@ -22,11 +26,12 @@ from pipeline.engine.kv import KVArena
 @dataclass(frozen=True)
 class Stretch:
     """Tokens `start` to `stop` of the flat sequence that are seen causally, and the place in an
-    arena where their keys go."""
+    arena where their keys go, behind the `kept` ones that are there."""
 
     start: int
     stop: int
     place: int
+    kept: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -45,7 +50,8 @@ class Prefill:
     """A pass over prompts.
 
     The flat sequence has `prefixes`, whose keys go into slots, then `wholes`, prompts whose keys go
-    into rows, then the questions of `looking`, in these orders and without gaps.
+    into rows, then the questions of `looking`, in these orders and without gaps; but of the
+    questions, those come last whose rows keep something.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class Prefill:
         self._parts: list[_Causal | _Looking] = [
             _Causal(stretches, arena)
             for stretches, arena in ((prefixes, slots), (wholes, rows))
-            if stretches
+            if any(map(len, stretches))
         ]
         if looking:
             self._parts.append(_Looking(looking, slots, rows))
@@ -77,7 +83,7 @@ class _Stretches:
         self.count, self.longest = len(stretches), max(map(len, stretches))
         self._all = slice(stretches[0].start, stretches[-1].stop)
         self._arena = arena
-        self._places = _selector([stretch.place for stretch in stretches], arena.device)
+        self.places = _selector([stretch.place for stretch in stretches], arena.device)
         self._grid = None
         if any(len(stretch) < self.longest for stretch in stretches):
             groups = [range(stretch.start, stretch.stop) for stretch in stretches]
@@ -105,7 +111,7 @@ class _Stretches:
         """Put keys and values in their places; gives them [count, kv_heads, longest, dim]."""
         pair = self.spread(asked.key, asked.kv_heads), self.spread(asked.value, asked.kv_heads)
         for kept, new in zip(self._arena.layer(asked.layer), pair, strict=True):
-            kept[self._places, :, : self.longest] = new
+            kept[self.places, :, : self.longest] = new
         return pair
 
 
@@ -123,45 +129,114 @@ class _Causal:
         return self._stretches.gather(attend_causally(asked, query, *pair)).squeeze(2)
 
 
+class _Fresh:
+    """Questions over themselves, in rows that keep nothing."""
+
+    def __init__(self, questions: Sequence[Stretch], rows: KVArena) -> None:
+        self._stretches = _Stretches(questions, rows)
+        self._biases: dict[int | None, Bias] = {}
+
+    def attend(self, asked: Asked) -> Part:
+        """[tokens, kv_heads, group, dim]"""
+        if asked.window not in self._biases:
+            self._biases[asked.window] = self._bias(asked)
+        own = self._stretches.keep(asked)
+        query = self._stretches.spread(asked.query, asked.kv_heads)
+        found = attend_part(asked, query, own, self._biases[asked.window])
+        return found.each(self._stretches.gather)
+
+    def _bias(self, asked: Asked) -> Bias:
+        """[1, 1, longest * group, longest]: causal, and within the window."""
+        places = torch.arange(self._stretches.longest, device=asked.query.device)
+        seen = is_seen(places[:, None] - places[None, :], asked.window)
+        return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
+
+
+class _Continuing:
+    """Questions over what their rows keep and over themselves."""
+
+    def __init__(self, questions: Sequence[Stretch], rows: KVArena) -> None:
+        self._stretches, self._arena = _Stretches(questions, rows), rows
+        self._tokens = slice(questions[0].start, questions[-1].stop)
+        kept = torch.tensor([question.kept for question in questions])
+        lengths = torch.tensor([len(question) for question in questions])
+        places = torch.tensor([question.place for question in questions])
+        self._longest = int((kept + lengths).max())
+        self._kept = kept.to(rows.device)
+        column = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions])
+        sequence = places.repeat_interleave(lengths)[:, None] * rows.kv_heads
+        sequence = sequence + torch.arange(rows.kv_heads)
+        self._new = (sequence * rows.width + column[:, None]).flatten().to(rows.device)
+        """Where the new keys go: [tokens, kv_heads] of [rows, kv_heads, width], flat."""
+        self._biases: dict[int | None, Bias] = {}
+
+    def attend(self, asked: Asked) -> Part:
+        """[tokens, kv_heads, group, dim]"""
+        if asked.window not in self._biases:
+            self._biases[asked.window] = self._bias(asked)
+        keys, values = (
+            self._written(kept, new)[self._stretches.places, :, : self._longest]
+            for kept, new in zip(
+                self._arena.layer(asked.layer), (asked.key, asked.value), strict=True
+            )
+        )
+        query = self._stretches.spread(asked.query, asked.kv_heads)
+        found = attend_part(asked, query, (keys, values), self._biases[asked.window])
+        return found.each(self._stretches.gather)
+
+    def _written(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        dim = new.shape[-1]
+        own = new[:, self._tokens].transpose(0, 1).reshape(-1, dim)
+        kept.view(-1, dim).index_copy_(0, self._new, own)
+        return kept
+
+    def _bias(self, asked: Asked) -> Bias:
+        """[questions, 1, longest * group, columns]: causal, and within the window."""
+        device = asked.query.device
+        within = torch.arange(self._stretches.longest, device=device)
+        looking = self._kept[:, None] + within
+        distance = looking[:, :, None] - torch.arange(self._longest, device=device)
+        seen = is_seen(distance, asked.window).repeat_interleave(asked.group, 1)
+        return bias_of(seen[:, None], asked.query.dtype)
+
+
 class _Looking:
     """Questions that look at a prefix through its slot, those of one slot together."""
 
     def __init__(self, looking: Sequence[Looking], slots: KVArena, rows: KVArena) -> None:
         device = slots.device
         questions = [question for each in looking for question in each.questions]
-        self._own = _Stretches(questions, rows)
+        questions.sort(key=lambda question: question.start)
+        fresh = [question for question in questions if not question.kept]
+        continuing = questions[len(fresh) :]
+        self._own: list[_Fresh | _Continuing] = []
+        if fresh:
+            self._own.append(_Fresh(fresh, rows))
+        if continuing:
+            self._own.append(_Continuing(continuing, rows))
         groups = [[n for q in each.questions for n in range(q.start, q.stop)] for each in looking]
         tokens = range(questions[0].start, questions[-1].stop)
         self._grid = grid_of(groups, tokens=tokens, device=device)
         self._slots, self._arena = _selector([each.slot for each in looking], device), slots
         self._tokens = torch.tensor([each.prefix_tokens for each in looking], device=device)
-        self._longest_prefix = max(each.prefix_tokens for each in looking)
-        within = torch.cat([torch.arange(len(question)) for question in questions]).to(device)
+        self._longest_prefix = max(1, *(each.prefix_tokens for each in looking))
+        within = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions]).to(device)
         self._within = within[self._grid.table - tokens.start]
-        self._biases: dict[int | None, tuple[Bias | None, Bias]] = {}
+        self._biases: dict[int | None, Bias | None] = {}
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim]"""
         if asked.window not in self._biases:
-            self._biases[asked.window] = self._prefix_bias(asked), self._own_bias(asked)
-        prefix_bias, own_bias = self._biases[asked.window]
-        own = self._own.keep(asked)
-        query = self._own.spread(asked.query, asked.kv_heads)
-        over_own = attend_part(asked, query, own, own_bias).each(self._own.gather)
+            self._biases[asked.window] = self._bias(asked)
+        over_own = _behind_each_other([each.attend(asked) for each in self._own])
         keys, values = (
             kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layer(asked.layer)
         )
         query = self._grid.spread(asked.query, asked.kv_heads)
-        over_prefix = attend_part(asked, query, (keys, values), prefix_bias).each(self._grid.gather)
-        return joined(over_prefix, over_own).flatten(1, 2)
+        found = attend_part(asked, query, (keys, values), self._biases[asked.window])
+        return joined(found.each(self._grid.gather), over_own).flatten(1, 2)
 
-    def _own_bias(self, asked: Asked) -> Bias:
-        """[1, 1, longest * group, longest]: causal, and within the window."""
-        places = torch.arange(self._own.longest, device=asked.query.device)
-        seen = is_seen(places[:, None] - places[None, :], asked.window)
-        return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
-
-    def _prefix_bias(self, asked: Asked) -> Bias | None:
+    def _bias(self, asked: Asked) -> Bias | None:
         """[slots, 1, 1, prefix], with a window [slots, 1, width * group, prefix]; null where all of
         all prefixes is seen."""
         columns = torch.arange(self._longest_prefix, device=asked.query.device)
@@ -171,6 +246,12 @@ class _Looking:
             seen = seen & (looking[:, :, None] - columns < asked.window)
             seen = seen.repeat_interleave(asked.group, 1)
         return None if bool(seen.all()) else bias_of(seen[:, None], asked.query.dtype)
+
+
+def _behind_each_other(parts: Sequence[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    return Part(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
 def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

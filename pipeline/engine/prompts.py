@@ -1,4 +1,7 @@
-"""Reading prompts: prefixes into slots, questions into rows, all in one flat sequence."""
+"""Reading prompts: prefixes into slots, questions into rows, all in one flat sequence.
+
+Of a question that continues another one, what follows the keys that its row has already.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -30,7 +33,8 @@ Taken = Sequence[tuple[Filling, bool]]
 
 @contextlib.contextmanager
 def taken_in(fillings: Sequence[Filling], live: Live) -> Iterator[Taken]:
-    """Give the rows their places; where the device fails meanwhile, none of them keeps one."""
+    """Give the rows their places; where the device fails meanwhile, none of them keeps one that it
+    has not had."""
     taken: list[tuple[Filling, bool]] = []
     try:
         for filling in fillings:
@@ -41,6 +45,9 @@ def taken_in(fillings: Sequence[Filling], live: Live) -> Iterator[Taken]:
         for filling, is_new in reversed(taken):
             live.put_back(filling.job, filling.rows, with_prefix=is_new)
         raise
+    for filling in fillings:
+        for row in filling.rows:
+            row.kept = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
     new = [filling for filling, is_new in taken if is_new]
     prefixes = [flat.prefix(filling) for filling in new if filling.job.slot != NOWHERE]
     wholes = [flat.whole(filling) for filling in new if filling.job.slot == NOWHERE]
-    looking = [flat.looking(filling) for filling, _ in taken if filling.job.slot != NOWHERE]
+    looking = flat.looking([filling for filling, _ in taken if filling.job.slot != NOWHERE])
     what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches)
     hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
     rows = [row for filling, _ in taken for row in filling.rows]
@@ -92,15 +99,22 @@ class _Flat:
         start = self._add(self._prefix(filling), first=0)
         return Stretch(start, self._question(row).stop, row.index)
 
-    def looking(self, filling: Filling) -> Looking:
-        questions = [self._question(row) for row in filling.rows]
-        return Looking(filling.job.slot, filling.job.prefix_tokens, questions)
+    def looking(self, fillings: Sequence[Filling]) -> list[Looking]:
+        """Those that continue another one come last."""
+        rows = [row for filling in fillings for row in filling.rows]
+        rows.sort(key=lambda row: bool(row.kept))
+        questions = {row: self._question(row) for row in rows}
+        return [
+            Looking(each.job.slot, each.job.prefix_tokens, [questions[row] for row in each.rows])
+            for each in fillings
+        ]
 
     def _question(self, row: Row) -> Stretch:
-        embeds = self._language.embedded(row.branch.token_ids)
-        start = self._add(embeds, first=row.job.prefix_tokens)
+        kept = row.kept or 0
+        embeds = self._language.embedded(row.unread)
+        start = self._add(embeds, first=row.job.prefix_tokens + kept)
         self.end_of[row] = self._end
-        return Stretch(start, self._end, row.index)
+        return Stretch(start, self._end, row.index, kept)
 
     def _prefix(self, filling: Filling) -> torch.Tensor:
         ids = torch.tensor(filling.job.request.prefix.token_ids, device=self._language.device)

@@ -1,6 +1,7 @@
 """How many slots and rows there are, and how wide: what a budget in bytes allows.
 
-A slot is as wide as the longest prefix that waits, a row as the longest question with its answer.
+A slot is as wide as the longest prefix that waits, a row as the longest question with its answer
+and a guess of what continues it.
 Where every request has one branch only, there are no slots: rows hold the prefixes, too.
 What is at work moves into larger room where the budget allows both for a moment; else it is
 finished first.
@@ -30,15 +31,20 @@ class Room:
         tokens = rounded(row.job.prefix_tokens) + rounded(row.most_tokens)
         return tokens * self._shape.token_bytes
 
+    def most_beside(self, row: Row) -> int:
+        """How wide its row can be."""
+        return self._tokens // WIDTH_STEP * WIDTH_STEP - rounded(row.job.prefix_tokens)
+
     def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
         """Room for what is at work and what waits, as much as there may be.
 
         Each row fits the budget alone. Null where the device has no room for a single row.
         """
-        if not waiting:
+        grown = [job for job in live.jobs if job.grows and job.waiting] if live else []
+        if not waiting and not grown:
             return live
         at_work = live is not None and live.at_work
-        wanted = self._wanted(waiting, live if at_work else None)
+        wanted = self._wanted([*grown, *waiting], live if at_work else None)
         if live is not None and live.size.holds(wanted):
             return live
         if live is not None and at_work:
@@ -58,7 +64,7 @@ class Room:
             return Size(0, max(1, min(rows, self._tokens // width)), (0, width))
         slots, rows = len(jobs), sum(len(job.waiting) for job in jobs)
         if live is not None:
-            slots, rows = slots + len(live.jobs), rows + len(live.rows)
+            slots, rows = len({*jobs, *live.jobs}), rows + len(live.rows)
         rows = min(rows, MOST_ROWS)
         rows_a_slot = -(-rows // slots)
         slots = max(1, min(slots, self._tokens // (widths[0] + rows_a_slot * widths[1])))
@@ -108,5 +114,5 @@ def _widths(jobs: Sequence[Job]) -> tuple[int, int]:
 
 
 def rounded(tokens: int) -> int:
-    """How wide a place for so many is."""
-    return -(-tokens // WIDTH_STEP) * WIDTH_STEP
+    """How wide a place for so many is: one step at least, so that there is something to look at."""
+    return max(-(-tokens // WIDTH_STEP), 1) * WIDTH_STEP

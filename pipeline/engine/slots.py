@@ -3,6 +3,10 @@
 Requests of all callers wait in one queue. A round fills free slots and rows, then takes one more
 token for every row: no answer waits for a longer one, nor a call for another. How many slots and
 rows there are follows from a budget in bytes (`room.py`). One thread does the work, callers wait.
+
+    picking.py    what is read next
+    prompts.py    reads it
+    settling.py   outcomes, and what follows from them
 """
 
 import threading
@@ -19,13 +23,15 @@ from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
 from pipeline.engine.look import Looker
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.picking import Picking
 from pipeline.engine.prompts import Filling, read_prompts, taken_in
 from pipeline.engine.request import Outcome, Request
 from pipeline.engine.room import Room
 from pipeline.engine.said import take
 from pipeline.engine.sampling import Chooser
 from pipeline.engine.score import scores_of
-from schemas.errors import DeviceOutOfMemory, GenerateError, NonFiniteLogits, PromptTooLong
+from pipeline.engine.settling import Settling
+from schemas.errors import DeviceOutOfMemory, GenerateError, PromptTooLong
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -76,13 +82,14 @@ class SlotsEngine:
         self._queue: deque[Job] = deque()
         self._at_hand: Sequence[Job] = ()
         self._finished: list[tuple[Row, Outcome]] = []
+        self._settling = Settling(self._impossible)
         self._arrived = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
-        """One outcome for each branch of each request, in their order.
+        """One outcome for each branch of each request, in the order of their numbers.
 
-        Raises what the model raises, other than for want of memory.
+        Raises what the model raises, other than for want of memory, and what `grow` raises.
         """
         over = threading.Semaphore(0)
         jobs = [Job(request, over.release) for request in requests]
@@ -102,9 +109,10 @@ class SlotsEngine:
         for row in list(job.waiting):
             if error := self._impossible(row):
                 job.waiting.remove(row)
-                job.settle(row.number, error)
+                self._settling.settle(row, error)
 
     def _impossible(self, row: Row) -> Outcome | None:
+        """Why there can never be room. What is only a guess is cut down to what there may be."""
         longest = row.job.prefix_tokens + row.most_tokens + 1
         if longest > self._context:
             return PromptTooLong(
@@ -117,6 +125,8 @@ class SlotsEngine:
                 f"keys and values of the row may take {needed:,} bytes, there are {budget:,} in "
                 "kv_budget_bytes: raise it or lower max_new_tokens"
             )
+        most = min(self._context - row.job.prefix_tokens, self._room.most_beside(row))
+        row.wanted_tokens = min(row.wanted_tokens, most)
         return None
 
     def _queue_up(self, jobs: Sequence[Job]) -> None:
@@ -174,29 +184,25 @@ class SlotsEngine:
         if live is None:
             for job in waiting[:1]:
                 self._leave_queue(job)
-                job.settle_waiting(DeviceOutOfMemory(does_not_fit(self._device)))
+                error = DeviceOutOfMemory(does_not_fit(self._device))
+                self._settling.settle_waiting(job, error)
             return []
-        fillings: list[Filling] = []
-        tokens, free_slots, free_rows = 0, live.free_slots, live.free_rows
+        self._put_back_too_long(live)
+        picking = Picking(live, most_tokens=self._prefill_tokens)
         for job in [*live.jobs, *waiting]:
-            is_new = job.slot == NOWHERE
-            if not free_rows or tokens >= self._prefill_tokens:
+            if not picking.take(job):
                 break
-            if is_new and not live.fits_whole(job):
-                if not free_slots or not live.fits(job):
-                    break
-                free_slots -= 1
-            tokens += job.prefix_tokens if is_new else 0
-            rows: list[Row] = []
-            while job.waiting and free_rows and (not rows or tokens < self._prefill_tokens):
-                rows.append(job.waiting.popleft())
-                tokens += len(rows[-1].branch.token_ids)
-                free_rows -= 1
-            if rows:
-                fillings.append(Filling(job, rows))
-            if is_new:
+            if job.slot == NOWHERE:
                 self._leave_queue(job)
-        return fillings
+        return picking.fillings
+
+    def _put_back_too_long(self, live: Live) -> None:
+        """What follows an answer may be longer than rows are wide: once nothing of its job is at
+        work, that takes its turn anew."""
+        for job in [job for job in live.jobs if job.grows and not job.live]:
+            if not live.holds(job.waiting[0]):
+                live.remove_job(job)
+                self._ask_again(job)
 
     def _leave_queue(self, job: Job) -> None:
         with self._arrived:
@@ -209,7 +215,17 @@ class SlotsEngine:
         self._looker.look(job.request.prefix for job in new)
         self._read([ready for each in fillings if (ready := self._with_features(each))])
         self._settle_finished()
+        for job in self._at_hand:
+            self._settle_down(job)
         self._at_hand = ()
+
+    def _settle_down(self, job: Job) -> None:
+        """Of a job that was at hand, all may have failed, or all but what waits."""
+        assert self._live is not None
+        if job.slot == NOWHERE:
+            self._ask_again(job)
+        else:
+            self._live.let_go(job)
 
     def _with_features(self, filling: Filling) -> Filling | None:
         """Null where there are none, and all its branches have failed."""
@@ -220,8 +236,8 @@ class SlotsEngine:
         if not isinstance(features, GenerateError):
             return replace(filling, features=features)
         for row in filling.rows:
-            job.settle(row.number, features)
-        job.settle_waiting(features)
+            self._settling.settle(row, features)
+        self._settling.settle_waiting(job, features)
         return None
 
     def _read(self, fillings: Sequence[Filling]) -> None:
@@ -236,8 +252,15 @@ class SlotsEngine:
             for rows in _halves(first.rows):
                 self._read([replace(first, rows=rows)])
         else:
-            first.job.settle(first.rows[0].number, DeviceOutOfMemory(does_not_fit(self._device)))
-            self._ask_again(first.job)
+            self._give_up(first.rows[0])
+
+    def _give_up(self, row: Row) -> None:
+        """It does not fit, even alone."""
+        error = DeviceOutOfMemory(does_not_fit(self._device))
+        if row.index == NOWHERE:
+            self._settling.settle(row, error)
+        else:
+            self._finished.append((row, error))
 
     def _ask_again(self, job: Job) -> None:
         """What waits of a job that has no slot takes its turn anew."""
@@ -278,7 +301,7 @@ class SlotsEngine:
             for half in _halves(rows):
                 self._advance(half)
         else:
-            self._finished.append((rows[0], DeviceOutOfMemory(does_not_fit(self._device))))
+            self._give_up(rows[0])
 
     def _decode(self, rows: Sequence[Row]) -> None:
         assert self._live is not None
@@ -303,13 +326,8 @@ class SlotsEngine:
 
     def _settle_finished(self) -> None:
         assert self._live is not None
-        # From the last place on: none that is over is moved to another place.
-        finished = sorted(self._finished, key=lambda each: each[0].index, reverse=True)
-        self._finished = []
-        for row, outcome in finished:
-            row.job.is_poisoned |= isinstance(outcome, NonFiniteLogits)
-            self._live.remove(row)
-            row.job.settle(row.number, outcome)
+        finished, self._finished = self._finished, []
+        self._settling.settle_all(finished, self._live)
 
     def _fits(self, run: Callable[[], None]) -> bool:
         """Run it; false when memory ran out. By returning, its tensors are freed."""
