@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
 from pipeline.engine.quantization import check_installed
+from pipeline.engine.tokens import check_tokens
 from schemas.ask import GenerateSpec, default_of
 from schemas.errors import SpecError
 from schemas.job import EMBEDDED, ModelSpec
@@ -172,6 +173,7 @@ def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> Non
     _check_decoding(checkpoint, generate)
     _check_weights(checkpoint)
     _check_texts(checkpoint)
+    check_tokens(checkpoint)
     _check_attention(spec, checkpoint)
     check_installed(spec.quantization)
 

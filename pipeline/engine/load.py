@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.engine import quantization
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.engine.repair import UNSAID, Repair, repairs
+from pipeline.engine.tokens import check_fit
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
 
@@ -82,24 +83,13 @@ def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, nam
             f"model {name}: patch_size of processor_config.json is {processor.patch_size}, and "
             "vision_config of config.json does not tell the right one: set it"
         )
-    vocabulary = processor.tokenizer.get_vocab()
-    if processor.image_token not in vocabulary:
-        raise SpecError(
-            f"model {name}: the tokenizer has no token {processor.image_token!r}, which stands for "
-            f"the image in a prompt: add it as a special token of id {config.image_token_id} "
-            "(image_token_index of config.json)"
-        )
-    if processor.image_token_id != config.image_token_id:
-        raise SpecError(
-            f"model {name}: the processor's image token {processor.image_token!r} is "
-            f"{processor.image_token_id}, config.json's image_token_index {config.image_token_id}"
-        )
-    largest = max(vocabulary.values())
-    if largest >= config.text_config.vocab_size:
-        raise SpecError(
-            f"model {name}: the tokenizer's largest id is {largest}, but the model embeds only "
-            f"{config.text_config.vocab_size} tokens: resize the embeddings"
-        )
+    check_fit(
+        name,
+        processor.tokenizer.get_vocab(),
+        image_token=processor.image_token,
+        image_token_id=config.image_token_id,
+        embedded=config.text_config.vocab_size,
+    )
 
 
 def device_of(spec: ModelSpec) -> "torch.device":
