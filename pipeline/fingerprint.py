@@ -44,6 +44,7 @@ def model_fingerprint(job: JobSpec) -> dict[str, str]:
         "dtype": dtype_name(job.model, checkpoint),
         # Only where there is any: tables of unquantized models were begun before there was this.
         **({} if quantization == "none" else {"quantization": quantization}),
+        **({"code": _code(checkpoint)} if job.model.trust_remote_code else {}),
         "template": _template(checkpoint, job.model.chat_template),
         "system_prompt": digest({"text": job.model.system_prompt}),
         "image": digest({"column": columns.image}),
@@ -138,6 +139,13 @@ def _texts(checkpoint: Checkpoint) -> list[str]:
         for name in checkpoint.files
         if name.endswith(PROCESSOR_SUFFIXES) and name not in NOT_DECIDING
     )
+
+
+def _code(checkpoint: Checkpoint) -> str:
+    """The Python files that the checkpoint brings."""
+    if checkpoint.commit:
+        return f"commit {checkpoint.commit}"
+    return _of_files(checkpoint, sorted(n for n in checkpoint.files if n.endswith(".py")))
 
 
 def _template(checkpoint: Checkpoint, given: str | None) -> str:

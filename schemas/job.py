@@ -169,6 +169,17 @@ class ModelSpec(Spec):
         "Jinja chat template; null: the checkpoint's own, else the one that its text model was "
         "trained with.",
     )
+    allow_pickle: bool = Field(
+        False,
+        description="Load weights from `.bin` files where there are no safetensors. They are "
+        "pickles, which can run code; they are opened by torch's `weights_only`, which takes "
+        "tensors alone.",
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run the Python files that a checkpoint brings and names in `auto_map`, here "
+        "and on every worker. Read them first.",
+    )
     system_prompt: str | None = Field(
         None, description="Text put in front of every conversation, as the template renders it."
     )

@@ -117,7 +117,7 @@ def test_no_weights(folder):
 
 def test_pickled_weights_only_with_the_remedy(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "only pytorch_model.bin: convert it" in refusal(folder)
+    assert "pickles (pytorch_model.bin), which can run code when they are opened" in refusal(folder)
 
 
 def test_a_missing_shard_of_the_weights(tmp_path):

@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from pipeline import embedded
 from pipeline.engine.quantization import check_installed
 from pipeline.engine.tokens import check_tokens
+from pipeline.engine.trust import check_code, check_pickles
 from schemas.ask import GenerateSpec, default_of
 from schemas.errors import SpecError
 from schemas.job import EMBEDDED, ModelSpec
 
 HUB_TIMEOUT_S = 10.0
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -94,10 +96,20 @@ class Checkpoint:
 
     @property
     def weights(self) -> list[str]:
-        """Names of the safetensors files that hold the weights, whether they are there or not."""
-        if WEIGHTS_INDEX in self.files:
-            return sorted(set(self.read_json(WEIGHTS_INDEX).get("weight_map", {}).values()))
-        return [WEIGHTS] if WEIGHTS in self.files else []
+        """Names of the files that hold the weights, whether they are there or not.
+
+        As transformers looks for them: safetensors before pickles, one file before many.
+        """
+        for whole, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLE, PICKLE_INDEX)):
+            if whole in self.files:
+                return [whole]
+            if index in self.files:
+                return sorted(set(self.read_json(index).get("weight_map", {}).values()))
+        return []
+
+    @property
+    def is_pickled(self) -> bool:
+        return any(name.endswith(".bin") for name in self.weights)
 
 
 def resolve(spec: ModelSpec) -> str:
@@ -170,8 +182,10 @@ def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> Non
     """Refuse, before anything is started, a checkpoint that cannot work. Raises SpecError."""
     checkpoint = open_checkpoint(spec)
     _check_config(checkpoint)
+    check_code(spec, checkpoint)
     _check_decoding(checkpoint, generate)
     _check_weights(checkpoint)
+    check_pickles(spec, checkpoint)
     _check_texts(checkpoint)
     check_tokens(checkpoint)
     _check_attention(spec, checkpoint)
@@ -219,22 +233,18 @@ def _check_decoding(checkpoint: Checkpoint, generate: GenerateSpec) -> None:
 def _check_weights(checkpoint: Checkpoint) -> None:
     weights = checkpoint.weights
     if not weights:
-        old = sorted(f for f in checkpoint.files if f.endswith((".bin", ".pt", ".pth")))
+        old = sorted(f for f in checkpoint.files if f.endswith((".bin", ".pt", ".pth", ".h5")))
         raise SpecError(
             f"model {checkpoint.path} has no {WEIGHTS}"
-            + (
-                f", only {old[0]}: convert it with transformers' `save_pretrained`, pickled "
-                "weights can run code and are not loaded"
-                if old
-                else ""
-            )
+            + (f", only {old[0]}: convert it with transformers' `save_pretrained`" if old else "")
         )
     if missing := [name for name in weights if name not in checkpoint.files]:
+        index = PICKLE_INDEX if checkpoint.is_pickled else WEIGHTS_INDEX
         raise SpecError(
-            f"model {checkpoint.path}: {WEIGHTS_INDEX} names {', '.join(missing)}, missing here: "
-            "finish the download"
+            f"model {checkpoint.path}: {index} names {', '.join(missing)}, missing here: finish "
+            "the download"
         )
-    if checkpoint.revision is None:
+    if checkpoint.revision is None and not checkpoint.is_pickled:
         for name in weights:
             _header_dtypes(checkpoint.open(name))
 
@@ -271,6 +281,11 @@ def dtype_name(spec: ModelSpec, checkpoint: Checkpoint) -> str:
     for part in (config, config.get("text_config") or {}):
         if name := part.get("dtype") or part.get("torch_dtype"):
             return str(name).removeprefix("torch.")
+    if checkpoint.is_pickled:
+        raise SpecError(
+            f"model {checkpoint.path}: config.json names no dtype, and pickled weights are not "
+            "opened to see theirs: set model.dtype"
+        )
     stored = _header_dtypes(checkpoint.open(checkpoint.weights[0]))
     return next((SAFETENSORS_DTYPES[d] for d in stored if d in SAFETENSORS_DTYPES), "float32")
 

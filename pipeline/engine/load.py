@@ -7,10 +7,13 @@ the functions, so that the driver and `--help` never pay for them.
 import contextlib
 import importlib.util
 import logging
+import pickle
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.engine import quantization
+from safetensors import SafetensorError
+
+from pipeline.engine import quantization, trust
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from pipeline.engine.repair import UNSAID, Repair, repairs
 from pipeline.engine.tokens import check_fit
@@ -24,11 +27,15 @@ if TYPE_CHECKING:
 
 def load_config(spec: ModelSpec) -> "LlavaConfig":
     """The configuration with the defaults of its parts filled in; no weights."""
-    from transformers import LlavaConfig
+    import transformers
 
     checkpoint = open_checkpoint(spec)
+    kind = transformers.AutoConfig if spec.trust_remote_code else transformers.LlavaConfig
     with _quiet(), _faults_of(checkpoint):
-        return LlavaConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+        config: LlavaConfig = kind.from_pretrained(
+            checkpoint.path, revision=checkpoint.revision, **trust.load_options(spec)
+        )
+        return config
 
 
 def load_processor(spec: ModelSpec) -> "LlavaProcessor":
@@ -68,13 +75,19 @@ def own_padding_side(spec: ModelSpec) -> str:
 
 
 def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
-    from transformers import LlavaProcessor
+    import transformers
 
     checkpoint = open_checkpoint(spec)
+    kind = transformers.AutoProcessor if spec.trust_remote_code else transformers.LlavaProcessor
     with _quiet(), _faults_of(checkpoint):
-        return LlavaProcessor.from_pretrained(
-            checkpoint.path, revision=checkpoint.revision or "main", backend="pil", **options
+        processor: LlavaProcessor = kind.from_pretrained(
+            checkpoint.path,
+            revision=checkpoint.revision or "main",
+            backend="pil",
+            **trust.load_options(spec),
+            **options,
         )
+        return processor
 
 
 def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
@@ -113,7 +126,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     that cannot be quantized.
     """
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
     flash = importlib.util.find_spec("flash_attn") or importlib.util.find_spec("kernels")
     if spec.attention == "flash_attention_2" and not flash:
@@ -124,13 +137,19 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     quantization.check_installed(spec.quantization)
     checkpoint = open_checkpoint(spec)
     dtype: torch.dtype = getattr(torch, dtype_name(spec, checkpoint))
+    own, remote = (
+        transformers.LlavaForConditionalGeneration,
+        transformers.AutoModelForImageTextToText,
+    )
     with _quiet(), _faults_of(checkpoint):
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        model, report = (remote if spec.trust_remote_code else own).from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision or "main",
             dtype=dtype,
             attn_implementation=None if spec.attention == "auto" else spec.attention,
-            use_safetensors=True,
+            use_safetensors=not checkpoint.is_pickled,
+            weights_only=True,
+            **trust.load_options(spec),
             output_loading_info=True,
             **quantization.load_options(spec.quantization, dtype=dtype, device=device),
         )
@@ -155,9 +174,11 @@ def end_tokens(model: "LlavaForConditionalGeneration", processor: "LlavaProcesso
 @contextlib.contextmanager
 def _faults_of(checkpoint: Checkpoint) -> Iterator[None]:
     """What transformers raises for bad files (it has no classes of its own) as a SpecError."""
+    expected = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+    of_weights = (SafetensorError, pickle.UnpicklingError, EOFError)
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (*expected, *of_weights) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise SpecError(
             f"model {checkpoint.path} cannot be loaded: {type(error).__name__}: {first}"
