@@ -27,7 +27,7 @@ import numpy as np
 from PIL import AvifImagePlugin
 
 from pipeline.decode import decode_picture, known_formats, no_memory
-from pipeline.engine.pixels import ProcessorResize, Resize
+from pipeline.engine.pixels import AnyResize, Resize
 from schemas.errors import DecodeError, DecoderCrashed
 
 FAST_FACTOR = 2.0
@@ -45,7 +45,7 @@ class DecodeSettings:
     decoding and resizing may take beside the image's file.
     """
 
-    resize: Resize | ProcessorResize
+    resize: AnyResize
     max_pixels: int
     max_bytes: int
     allow_truncated: bool

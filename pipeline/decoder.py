@@ -20,7 +20,7 @@ from typing import IO, Self
 import numpy as np
 
 from pipeline.decode_process import DecodeSettings, receive, send
-from pipeline.engine.pixels import ProcessorResize, Resize
+from pipeline.engine.pixels import AnyResize
 from schemas.errors import DecodeError, DecoderCrashed, DecoderTimedOut, ImageTooLarge, JobError
 from schemas.job import JobSpec
 
@@ -51,7 +51,7 @@ class Decoded:
         return np.frombuffer(self.pixels, np.uint8).reshape(self.shape)
 
 
-def settings_of(job: JobSpec, resize: Resize | ProcessorResize) -> DecodeSettings:
+def settings_of(job: JobSpec, resize: AnyResize) -> DecodeSettings:
     """How the images of a job are decoded."""
     return DecodeSettings(
         resize=resize,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.decode_process import DecodeSettings
 from pipeline.decoder import Decoded, Decoder, settings_of
 from pipeline.engine.load import load_processor
-from pipeline.engine.pixels import ProcessorResize, pixel_table, resize_of
+from pipeline.engine.pixels import Resize, pixel_table, resize_of
 from pipeline.entries import Entries, Entry, fail, ready, waiting
 from pipeline.script import scripts_of
 from pipeline.sources.base import Turn
@@ -131,7 +131,7 @@ def _image_columns(image: Decoded, *, is_wanted: bool) -> dict[str, Any]:
 def _decode_settings(job: JobSpec, processor: Any) -> DecodeSettings:
     """Raises SpecError where images of this processor cannot be decoded as the spec wants."""
     resize = resize_of(processor)
-    if job.source.decode == "fast" and isinstance(resize, ProcessorResize):
+    if job.source.decode == "fast" and not isinstance(resize, Resize):
         raise SpecError(
             f"source.decode is fast, but how large {type(processor.image_processor).__name__} "
             "makes an image is not known beforehand; set source.decode to exact"

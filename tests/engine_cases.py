@@ -45,7 +45,7 @@ def request_of(processor: Any, *cases: Case) -> Request:
     ids = [processor(text=c.prompt, images=image)["input_ids"][0] for c in cases]
     last = max(i for i, token in enumerate(ids[0]) if token == processor.image_token_id)
     sha256 = hashlib.sha256(image.tobytes()).hexdigest()
-    pixels = ImagePixels(resized(processor, image), sha256)
+    pixels = ImagePixels(resized(processor, image), sha256, image.size)
     branches = [
         Branch(tuple(one[last + 1 :]), c.longest, c.decoding)
         for one, c in zip(ids, cases, strict=True)

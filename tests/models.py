@@ -177,13 +177,19 @@ def tiny_model(
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).eval()
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0.0, 1.0 if "embed" in name else 1.6 / weight.shape[-1] ** 0.5)
+        model = LlavaForConditionalGeneration(config)
+        draw(model)
+    return model
+
+
+def draw(model: Any) -> None:
+    """Give a model wide weights, end tokens and eval mode."""
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.normal_(0.0, 1.0 if "embed" in name else 1.6 / weight.shape[-1] ** 0.5)
     model.generation_config.eos_token_id = SPECIAL.index("</s>")
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
-    return model
+    model.eval()
 
 
 def write_checkpoint(

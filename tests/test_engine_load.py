@@ -83,8 +83,8 @@ def test_a_config_that_is_not_json(folder):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]},
-         "LlavaNextForConditionalGeneration"),
+        ({"model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]},
+         "Blip2ForConditionalGeneration"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "LlavaLlamaForCausalLM"),
         ({"model_type": "bert"}, "'bert'"),
     ],

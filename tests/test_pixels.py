@@ -13,11 +13,14 @@ from transformers import (
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
     LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
 
-from pipeline.engine.pixels import ProcessorResize, Resize, resize_of
+from pipeline.engine.pixels import AnyResize, ProcessorResize, Resize, resize_of
+from pipeline.engine.tiles import Tiles
 from schemas.errors import ImageTooLarge
 from tests.models import noise_image
 
@@ -37,6 +40,13 @@ KNOWN = {
     "BLIP": BlipImageProcessorPil(),
     "ViT": ViTImageProcessorPil(),
 }
+NEXT_336 = LlavaNextImageProcessorPil(
+    size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+)
+TILED = {
+    "LLaVA-NeXT": NEXT_336,
+    "LLaVA-OneVision": LlavaOnevisionImageProcessorPil(),
+}
 UNKNOWN = {
     "another way to crop": ConvNextImageProcessorPil(size={"shortest_edge": 64}),
     "a longest edge": CLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 90}),
@@ -46,7 +56,7 @@ SIZES = [(640, 480), (333, 500), (336, 336), (17, 900), (2, 3), (1, 1), (1201, 3
 
 
 @functools.cache
-def resize_by(image_processor: Any) -> Resize | ProcessorResize:
+def resize_by(image_processor: Any) -> AnyResize:
     return resize_of(SimpleNamespace(image_processor=image_processor))  # type: ignore[arg-type]
 
 
@@ -58,6 +68,29 @@ def test_a_known_processor_is_replaced_bit_for_bit(name: str, size: tuple[int, i
     image = noise_image(3, width=size[0], height=size[1])
     expected = KNOWN[name](images=image, do_rescale=False, do_normalize=False)["pixel_values"][0]
     assert np.array_equal(np.moveaxis(np.asarray(resize(image)), -1, 0), expected)
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_known_way_to_cut_tiles_is_replaced_bit_for_bit(name: str, size: tuple[int, int]) -> None:
+    resize = resize_by(TILED[name])
+    assert isinstance(resize, Tiles)
+    image = noise_image(3, width=size[0], height=size[1])
+    expected = TILED[name](images=image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    assert np.array_equal(np.moveaxis(resize(image), -1, -3), expected)
+
+
+def test_tiles_that_are_made_otherwise_are_left_to_their_processor() -> None:
+    uneven = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 50},
+        crop_size={"height": 40, "width": 40},
+        image_grid_pinpoints=[[80, 40], [40, 80]],
+    )
+    resize = resize_by(uneven)
+    assert isinstance(resize, ProcessorResize)
+    image = noise_image(3, width=90, height=70)
+    expected = uneven(images=image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    assert np.array_equal(np.moveaxis(resize(image), -1, -3), expected)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

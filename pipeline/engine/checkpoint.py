@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
+from pipeline.engine.family import FAMILIES, Family
 from pipeline.engine.quantization import check_installed
 from pipeline.engine.tokens import check_tokens
 from pipeline.engine.trust import check_code, check_pickles
@@ -27,7 +28,6 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-ARCHITECTURE = "LlavaForConditionalGeneration"
 
 PLAIN_DECODING: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
@@ -195,13 +195,7 @@ def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> Non
 def _check_config(checkpoint: Checkpoint) -> None:
     if "config.json" not in checkpoint.files:
         raise SpecError(f"model {checkpoint.path} has no config.json: it is no checkpoint folder")
-    model_type = checkpoint.config.get("model_type")
-    architectures = checkpoint.config.get("architectures") or [ARCHITECTURE]
-    if model_type != "llava" or ARCHITECTURE not in architectures:
-        raise SpecError(
-            f"model {checkpoint.path} is a {architectures[0]} (model_type {model_type!r}); only "
-            f"{ARCHITECTURE} (model_type 'llava') is supported, such as llava-hf/llava-1.5-7b-hf"
-        )
+    family_of(checkpoint)
     if quantized := checkpoint.config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise SpecError(
@@ -209,6 +203,23 @@ def _check_config(checkpoint: Checkpoint) -> None:
             f"{method}), which are not supported: give the checkpoint that they were made of, and "
             "set model.quantization to 8bit or 4bit"
         )
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """Raises SpecError for a model that nothing here can run."""
+    model_type = checkpoint.config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    architectures = checkpoint.config.get("architectures") or [family and family.architecture]
+    if family is None or family.architecture not in architectures:
+        known = "; ".join(
+            f"{each.architecture} (model_type {each.model_type!r}), such as {each.example}"
+            for each in FAMILIES.values()
+        )
+        raise SpecError(
+            f"model {checkpoint.path} is a {architectures[0]} (model_type {model_type!r}), which "
+            f"is not supported. What is: {known}"
+        )
+    return family
 
 
 def _check_decoding(checkpoint: Checkpoint, generate: GenerateSpec) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from pipeline.engine.pixels import cuts_into_tiles
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -33,14 +34,30 @@ _PROBES: tuple[Size, ...] = (_BLANK, (96, 57), (31, 200), (1, 40))
 class Family:
     """Models that transformers runs by one class.
 
-    `architecture`, `processor`: classes of transformers. `has_tiles`: an image is cut into tiles,
-    the more the larger it is, and takes as many places in a prompt as its size asks for.
+    `architecture`, `config`, `processor`: classes of transformers. `has_tiles`: an image is cut
+    into tiles, the more the larger it is, and takes as many places in a prompt as its size asks
+    for. `example`: a checkpoint on the hub.
     """
 
     model_type: str
     architecture: str
-    processor: str = "LlavaProcessor"
+    config: str
+    processor: str
+    example: str
     has_tiles: bool = False
+
+    def model_class(self) -> Any:
+        return _class(self.architecture)
+
+    def config_class(self) -> Any:
+        return _class(self.config)
+
+    def processor_class(self) -> Any:
+        if self.processor == "LlavaOnevisionProcessor":
+            from pipeline.engine.onevision import ImagesOnly
+
+            return ImagesOnly
+        return _class(self.processor)
 
     def features(
         self, model: Any, pixels: "torch.Tensor", sizes: "torch.Tensor"
@@ -57,7 +74,39 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (Family("llava", "LlavaForConditionalGeneration"),)
+    family.model_type: family
+    for family in (
+        Family(
+            "llava",
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            "LlavaProcessor",
+            "llava-hf/llava-1.5-7b-hf",
+        ),
+        Family(
+            "vipllava",
+            "VipLlavaForConditionalGeneration",
+            "VipLlavaConfig",
+            "LlavaProcessor",
+            "llava-hf/vip-llava-7b-hf",
+        ),
+        Family(
+            "llava_next",
+            "LlavaNextForConditionalGeneration",
+            "LlavaNextConfig",
+            "LlavaNextProcessor",
+            "llava-hf/llava-v1.6-mistral-7b-hf",
+            has_tiles=True,
+        ),
+        Family(
+            "llava_onevision",
+            "LlavaOnevisionForConditionalGeneration",
+            "LlavaOnevisionConfig",
+            "LlavaOnevisionProcessor",
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+            has_tiles=True,
+        ),
+    )
 }
 """By `model_type` of config.json."""
 
@@ -74,7 +123,7 @@ class ImageTokens:
         self._pixels: Any = None
         counted = dict(self._counted())
         self.fixed: int | None = None
-        if len(set(counted.values())) == 1 and not has_tiles(processor):
+        if len(set(counted.values())) == 1 and not cuts_into_tiles(processor.image_processor):
             self.fixed = counted[_BLANK]
             return
         for size, count in counted.items():
@@ -105,6 +154,7 @@ class ImageTokens:
         return written.count(self._processor.image_token)
 
 
-def has_tiles(processor: Any) -> bool:
-    """Whether its image processor cuts images into tiles."""
-    return getattr(processor.image_processor, "image_grid_pinpoints", None) is not None
+def _class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)

@@ -9,12 +9,12 @@ import importlib.util
 import logging
 import pickle
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from pipeline.engine import quantization, trust
-from pipeline.engine.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from pipeline.engine.checkpoint import Checkpoint, dtype_name, family_of, open_checkpoint
 from pipeline.engine.repair import UNSAID, Repair, repairs
 from pipeline.engine.tokens import check_fit
 from schemas.errors import SpecError
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 def load_config(spec: ModelSpec) -> "LlavaConfig":
     """The configuration with the defaults of its parts filled in; no weights."""
-    import transformers
+    from transformers import AutoConfig
 
     checkpoint = open_checkpoint(spec)
-    kind = transformers.AutoConfig if spec.trust_remote_code else transformers.LlavaConfig
     with _quiet(), _faults_of(checkpoint):
+        kind = AutoConfig if spec.trust_remote_code else family_of(checkpoint).config_class()
         config: LlavaConfig = kind.from_pretrained(
             checkpoint.path, revision=checkpoint.revision, **trust.load_options(spec)
         )
@@ -75,11 +75,12 @@ def own_padding_side(spec: ModelSpec) -> str:
 
 
 def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
-    import transformers
+    from transformers import AutoProcessor
 
     checkpoint = open_checkpoint(spec)
-    kind = transformers.AutoProcessor if spec.trust_remote_code else transformers.LlavaProcessor
     with _quiet(), _faults_of(checkpoint):
+        own = family_of(checkpoint).processor_class
+        kind = AutoProcessor if spec.trust_remote_code else own()
         processor: LlavaProcessor = kind.from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision or "main",
@@ -91,11 +92,13 @@ def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
 
 
 def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
-    if not processor.patch_size:
+    wanted = "num_image_tokens" if hasattr(processor, "num_image_tokens") else "patch_size"
+    if not getattr(processor, wanted):
         raise SpecError(
-            f"model {name}: patch_size of processor_config.json is {processor.patch_size}, and "
+            f"model {name}: {wanted} of processor_config.json is {getattr(processor, wanted)}, and "
             "vision_config of config.json does not tell the right one: set it"
         )
+    _check_tiles(processor, config, name=name)
     check_fit(
         name,
         processor.tokenizer.get_vocab(),
@@ -103,6 +106,17 @@ def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, nam
         image_token_id=config.image_token_id,
         embedded=config.text_config.vocab_size,
     )
+
+
+def _check_tiles(processor: Any, config: Any, *, name: str) -> None:
+    """Into how many tiles an image is cut, the model works out again for itself."""
+    theirs = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    ours = getattr(config, "image_grid_pinpoints", None)
+    if [list(each) for each in theirs or ()] != [list(each) for each in ours or ()]:
+        raise SpecError(
+            f"model {name}: image_grid_pinpoints is {theirs} in preprocessor_config.json, but "
+            f"{ours} in config.json, which the weights were made for: make them the same"
+        )
 
 
 def device_of(spec: ModelSpec) -> "torch.device":
@@ -126,7 +140,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     that cannot be quantized.
     """
     import torch
-    import transformers
+    from transformers import AutoModelForImageTextToText
 
     flash = importlib.util.find_spec("flash_attn") or importlib.util.find_spec("kernels")
     if spec.attention == "flash_attention_2" and not flash:
@@ -137,20 +151,18 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
     quantization.check_installed(spec.quantization)
     checkpoint = open_checkpoint(spec)
     dtype: torch.dtype = getattr(torch, dtype_name(spec, checkpoint))
-    own, remote = (
-        transformers.LlavaForConditionalGeneration,
-        transformers.AutoModelForImageTextToText,
-    )
     with _quiet(), _faults_of(checkpoint):
-        model, report = (remote if spec.trust_remote_code else own).from_pretrained(
+        own = family_of(checkpoint).model_class
+        kind = AutoModelForImageTextToText if spec.trust_remote_code else own()
+        model, report = kind.from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision or "main",
             dtype=dtype,
             attn_implementation=None if spec.attention == "auto" else spec.attention,
             use_safetensors=not checkpoint.is_pickled,
             weights_only=True,
-            **trust.load_options(spec),
             output_loading_info=True,
+            **trust.load_options(spec),
             **quantization.load_options(spec.quantization, dtype=dtype, device=device),
         )
     if missing := sorted(report["missing_keys"]):
@@ -159,8 +171,10 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
         )
     if spec.quantization != "none":
         quantization.finished(model, device=device, name=spec.path)
-        return model.eval()
-    return model.to(device).eval()
+    else:
+        model.to(device)
+    loaded: LlavaForConditionalGeneration = model.eval()
+    return loaded
 
 
 def end_tokens(model: "LlavaForConditionalGeneration", processor: "LlavaProcessor") -> list[int]:

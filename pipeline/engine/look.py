@@ -1,5 +1,6 @@
 """What a model sees in images: each distinct one is looked at once while anybody waits for it."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,14 +112,18 @@ def cut_tower(model: "LlavaForConditionalGeneration") -> None:
     Whether the features stay the same is tried out. The config names the layer from the start then,
     so that whoever uses the model finds it.
     """
-    wanted: int | list[int] = model.config.vision_feature_layer
+    wanted: int | Sequence[int] = model.config.vision_feature_layer
     owner: Any = _owner_of_layers(model)
-    if owner is None or not isinstance(wanted, int) or wanted >= 0:
+    if owner is None:
         return
     layers: torch.nn.ModuleList = owner.layers
-    needed = len(layers) + 1 + wanted
+    named = [wanted] if isinstance(wanted, int) else wanted
+    read = [n if n >= 0 else len(layers) + 1 + n for n in named]
+    if max(read) >= len(layers):
+        return
     before = _probe(model)
-    owner.layers, model.config.vision_feature_layer = layers[:needed], needed
+    owner.layers = layers[: max(read)]
+    model.config.vision_feature_layer = read[0] if isinstance(wanted, int) else read
     try:
         is_same = torch.equal(_probe(model), before)
     except (RuntimeError, IndexError, TypeError):
@@ -140,9 +145,14 @@ def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module 
 @torch.inference_mode()
 def _probe(model: "LlavaForConditionalGeneration") -> torch.Tensor:
     side = model.config.vision_config.image_size
-    pixels = torch.linspace(-1, 1, 3 * side * side, device=model.device).reshape(1, 3, side, side)
-    found = model.get_image_features(pixel_values=pixels.to(model.dtype))
-    return torch.cat(list(found.pooler_output))
+    pixels = torch.linspace(-1, 1, 3 * side * side, device=model.device).reshape(3, side, side)
+    size, family = (side, side), FAMILIES[model.config.model_type]
+    if family.has_tiles:
+        size = min(model.config.image_grid_pinpoints, key=math.prod)
+        tiles = 1 + math.prod(size) // side**2
+        pixels = pixels.expand(tiles, 3, side, side)
+    found = family.features(model, pixels[None].to(model.dtype), torch.tensor([list(size)]))
+    return torch.cat(list(found))
 
 
 def mismatch(n_tokens: int, n_features: int) -> TokenFeatureMismatch:

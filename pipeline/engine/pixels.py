@@ -4,9 +4,10 @@ What an image processor does after resizing depends on one channel's value alone
 of [3 channels, 256 values], made by the processor itself. Looking a pixel up gives, bit for bit,
 the float32 that the processor would have computed; a third of the bytes travel.
 
-What it does before is told in `Resize`, where it is one of those that LLaVA's checkpoints come
-with: the same pixels by Pillow alone, without the copies that transformers makes of the whole
-image, in a process that never imports transformers. Both halves are tried out on a few images.
+What it does before is told in `Resize`, or in `Tiles` where it cuts images into tiles, if it is
+one of those that LLaVA's checkpoints come with: the same pixels by Pillow alone, without the copies
+that transformers makes of the whole image, in a process that never imports transformers. Both
+halves are tried out on a few images.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from pipeline.engine.tiles import Tiles, tiles_of
 from schemas.errors import ImageTooLarge, SpecError
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ _KNOWN_STEPS = {
     "_preprocess": {"PilBackend._preprocess", "LlavaImageProcessorPil._preprocess"},
 }
 """The methods whose doing `Resize` repeats, by what they are called in transformers."""
+_BESIDE_PIXELS = frozenset({"image_sizes", "batch_num_images"})
+"""What an image processor may say of an image beside its pixels: it is known here already."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +99,27 @@ class ProcessorResize:
 
     image_processor: Any
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> np.ndarray:
         values = _values(self.image_processor, image, do_rescale=False, do_normalize=False)
-        return Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1)))
+        return np.ascontiguousarray(np.moveaxis(values, -3, -1))
 
     def check(self, size: Size, *, max_pixels: int) -> None:
+        if cuts_into_tiles(self.image_processor):
+            return
         edge = (self.image_processor.size or {}).get("shortest_edge")
         longest = edge * max(size) // min(size) if edge else 0
         if edge and edge * longest > max_pixels:
             raise _too_large(size, (edge, longest), max_pixels)
 
 
-def resize_of(processor: "LlavaProcessor") -> Resize | ProcessorResize:
+AnyResize = Resize | Tiles | ProcessorResize
+"""An RGB image as it travels: to uint8 [H, W, 3], or [tiles, H, W, 3]."""
+
+
+def resize_of(processor: "LlavaProcessor") -> AnyResize:
     """What resizes as the processor does, as far as that has been tried out; it can be pickled."""
     images = processor.image_processor
-    resize = _known(images)
+    resize = tiles_of(images) if cuts_into_tiles(images) else _known(images)
     by_processor = ProcessorResize(images)
     if resize is None:
         return by_processor
@@ -119,28 +129,24 @@ def resize_of(processor: "LlavaProcessor") -> Resize | ProcessorResize:
 
 
 def resized(processor: "LlavaProcessor", image: Image.Image) -> np.ndarray:
-    """An RGB image as the processor resizes and crops it: uint8 [H, W, 3], not normalised."""
-    return np.array(ProcessorResize(processor.image_processor)(image))
+    """An RGB image as the processor resizes and crops it: uint8 [H, W, 3] or [tiles, H, W, 3], not
+    normalised."""
+    return ProcessorResize(processor.image_processor)(image)
 
 
 def pixel_table(processor: "LlavaProcessor") -> np.ndarray:
     """What the processor makes of each value of each channel: float32 [3, 256].
 
-    Raises SpecError for a processor that cannot be split so: one that cuts an image into tiles,
-    gives images of different sizes, or does more than rescale and normalise. It is tried out.
+    Raises SpecError for a processor that cannot be split so: one that gives images, or tiles, of
+    different sizes, or does more than rescale and normalise. It is tried out.
     """
     images = processor.image_processor
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    untouched = {"do_resize": False, "do_center_crop": False, "do_pad": False}
-    values = _values(images, Image.fromarray(ramp), **untouched)
-    if values.shape != (3, 16, 16):
-        raise _unsupported(images, "resizes images that it is told to leave as they are")
-    table = values.reshape(3, 256).astype(np.float32)
+    table = _ramp(images).reshape(3, 256).astype(np.float32)
     shapes = set()
     for image in _noise(_PROBES):
         whole = _values(images, image)
         pixels = _values(images, image, do_rescale=False, do_normalize=False)
-        shapes.add(whole.shape)
+        shapes.add(whole.shape[-3:])
         looked_up = table[np.arange(3)[:, None, None], pixels]
         if pixels.dtype != np.uint8 or not np.array_equal(whole.astype(np.float32), looked_up):
             raise _unsupported(images, "normalises by more than a table of channel values")
@@ -156,6 +162,24 @@ def normalised(pixels: "torch.Tensor", table: "torch.Tensor") -> "torch.Tensor":
     planes = pixels.to(table.device).movedim(-1, -3).long()
     channel = torch.arange(3, device=table.device)[:, None, None]
     return table[channel, planes]
+
+
+def _ramp(images: Any) -> np.ndarray:
+    """What becomes of all values of a channel: [3, 16, 16], row by row."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    untouched: dict[str, Any] = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+    if cuts_into_tiles(images):
+        whole = {"height": 16, "width": 16}
+        untouched |= {"image_grid_pinpoints": [[16, 16]], "size": whole, "crop_size": whole}
+    values = _values(images, Image.fromarray(ramp), **untouched)
+    if values.shape[-3:] != (3, 16, 16):
+        raise _unsupported(images, "resizes images that it is told to leave as they are")
+    return values if values.ndim == len("CHW") else values[0]
+
+
+def cuts_into_tiles(images: Any) -> bool:
+    """An image processor, by its settings."""
+    return getattr(images, "image_grid_pinpoints", None) is not None
 
 
 def _known(images: Any) -> Resize | None:
@@ -197,14 +221,16 @@ def _noise(sizes: tuple[Size, ...]) -> Iterator[Image.Image]:
         yield Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def _values(images: Any, image: Image.Image, **options: bool) -> np.ndarray:
-    """The image processor's only output for one image: [3, H, W]."""
+def _values(images: Any, image: Image.Image, **options: Any) -> np.ndarray:
+    """What the image processor makes of one image: [3, H, W], or [tiles, 3, H, W]."""
     output: dict[str, Any] = dict(images(images=image, **options))
-    if set(output) != {"pixel_values"}:
+    has_tiles = cuts_into_tiles(images)
+    if set(output) - (_BESIDE_PIXELS if has_tiles else set()) != {"pixel_values"}:
         raise _unsupported(images, f"gives {sorted(output)} where pixel_values are wanted")
     values = np.asarray(output["pixel_values"][0])
-    if values.ndim != 3 or values.shape[0] != 3:
-        raise _unsupported(images, f"gives {values.shape} where [3, H, W] is wanted")
+    wanted = "[tiles, 3, H, W]" if has_tiles else "[3, H, W]"
+    if values.ndim != wanted.count(",") + 1 or values.shape[-3] != 3:
+        raise _unsupported(images, f"gives {values.shape} where {wanted} is wanted")
     return values
 
 

@@ -1,0 +1,216 @@
+"""Tiny random checkpoints of every family of models that goes the fast path, and their texts.
+
+All are made by transformers' own classes, with weights drawn as wide as those of `tests.models`.
+"""
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaProcessor,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
+
+from pipeline.engine.onevision import ImagesOnly
+from tests.models import CHAT_TEMPLATE, PATCH, SIDE, SPECIAL, draw, tiny_tokenizer
+
+FEATURES = (SIDE // PATCH) ** 2
+WIDE = [
+    [SIDE, 2 * SIDE],
+    [2 * SIDE, SIDE],
+    [2 * SIDE, 2 * SIDE],
+    [3 * SIDE, SIDE],
+    [SIDE, 3 * SIDE],
+]
+MANY = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+TEXTS = {"Llama": LlamaConfig, "Mistral": MistralConfig, "Qwen2": Qwen2Config, "Phi": PhiConfig}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a checkpoint is made of. `keys`: of its config beside text and vision."""
+
+    family: str
+    text: str
+    tower: str = "CLIP"
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        self.model().save_pretrained(folder)
+        self.processor().save_pretrained(folder)
+        return folder
+
+    def model(self) -> Any:
+        """Float32, on the CPU, in eval mode."""
+        config_class, model_class = _CLASSES[self.family]
+        vision = {"CLIP": CLIPVisionConfig, "SigLIP": SiglipVisionConfig}[self.tower]
+        towers: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        }
+        if self.tower == "CLIP":
+            towers["projection_dim"] = 32
+        config = config_class(
+            vision_config=vision(**towers),
+            text_config=TEXTS[self.text](**_TEXT),
+            image_token_index=SPECIAL.index("<image>"),
+            **{**self._reads(), **self.keys},
+        )
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = model_class(config)
+            draw(model)
+        return model
+
+    def processor(self) -> Any:
+        return _PROCESSORS[self.family](self)
+
+    def _reads(self) -> dict[str, Any]:
+        if self.family == "vipllava":
+            return {"vision_feature_layer": [-2, -4, 1]}
+        if self.tower == "SigLIP":
+            return {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+
+    def image_processor(self) -> Any:
+        if self.tower == "SigLIP":
+            return SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+        size = {"height": SIDE, "width": SIDE}
+        return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+
+
+_TEXT = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": SPECIAL.index("<s>"),
+    "eos_token_id": SPECIAL.index("</s>"),
+    "pad_token_id": SPECIAL.index("<pad>"),
+}
+_CLASSES = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+}
+
+
+def _llava(kind: Kind) -> LlavaProcessor:
+    has_class_token = kind.tower == "CLIP"
+    return LlavaProcessor(
+        image_processor=kind.image_processor(),
+        tokenizer=tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        num_additional_image_tokens=int(has_class_token),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _llava_next(kind: Kind) -> LlavaNextProcessor:
+    size = {"height": SIDE, "width": SIDE}
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": SIDE},
+            crop_size=size,
+            image_grid_pinpoints=kind.keys["image_grid_pinpoints"],
+        ),
+        tokenizer=tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _llava_onevision(kind: Kind) -> ImagesOnly:
+    return ImagesOnly(
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size={"height": SIDE, "width": SIDE},
+            image_grid_pinpoints=kind.keys["image_grid_pinpoints"],
+        ),
+        tokenizer=tiny_tokenizer(),
+        num_image_tokens=FEATURES,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=kind.keys["vision_aspect_ratio"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+_PROCESSORS = {
+    "llava": _llava,
+    "vipllava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+}
+_BAKLLAVA = {"projector_hidden_act": "gelu", "image_seq_length": FEATURES}
+
+KINDS = {
+    "LLaVA, CLIP, Llama": Kind("llava", "Llama"),
+    "LLaVA, CLIP, Mistral (BakLLaVA)": Kind("llava", "Mistral", keys=_BAKLLAVA),
+    "LLaVA, CLIP, Phi": Kind("llava", "Phi"),
+    "LLaVA, SigLIP, Llama": Kind("llava", "Llama", "SigLIP"),
+    "LLaVA, SigLIP, Qwen2": Kind("llava", "Qwen2", "SigLIP"),
+    "LLaVA-NeXT, CLIP, Mistral": Kind("llava_next", "Mistral", keys={"image_grid_pinpoints": WIDE}),
+    "LLaVA-NeXT, CLIP, Llama": Kind("llava_next", "Llama", keys={"image_grid_pinpoints": MANY}),
+    "LLaVA-OneVision, SigLIP, Qwen2": Kind(
+        "llava_onevision",
+        "Qwen2",
+        "SigLIP",
+        keys={"image_grid_pinpoints": MANY, "vision_aspect_ratio": "anyres_max_4"},
+    ),
+    "VipLLaVA, CLIP, Llama": Kind("vipllava", "Llama"),
+}
+
+
+@functools.cache
+def saved_kind(name: str) -> Path:
+    """One checkpoint of each kind for all tests of the process."""
+    return KINDS[name].save(Path(tempfile.mkdtemp(prefix="tiny-family-")))
+
+
+def rename_as_on_the_hub(folder: Path) -> None:
+    """Weights under the names that checkpoints of the hub have had from the beginning."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    old = {
+        name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if not name.startswith("vision_tower.vision_model.")
+        else name: weight
+        for name, weight in weights.items()
+    }
+    for part in ("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head."):
+        assert any(name.startswith(part) for name in old), (part, sorted(old)[:5])
+    assert any(name.startswith("multi_modal_projector.") for name in old)
+    save_file(old, path, metadata={"format": "pt"})
