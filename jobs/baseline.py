@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from jobs.workload import Row, Workload
+from jobs.workload import LOOKED_AT, Row, Workload
+from pipeline.engine.family import FAMILIES
 from pipeline.engine.pixels import normalised
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Baseline:
         return whole[:, inputs["input_ids"].shape[1] :]
 
     def _inputs(self, batch: Sequence[Row], padding: Padding = "left") -> dict[str, torch.Tensor]:
-        """Padded ids and mask [rows, longest prompt], and pixels [rows, 3, H, W]."""
+        """Padded ids and mask [rows, longest prompt], and pixels [rows, 3, H, W], or of tiles."""
         longest = max(len(row.token_ids) for row in batch)
         ids = torch.full((len(batch), longest), self._pad)
         mask = torch.zeros_like(ids)
@@ -124,11 +125,14 @@ class Baseline:
             ids[i, start : start + len(row.token_ids)] = torch.tensor(row.token_ids)
             mask[i, start : start + len(row.token_ids)] = 1
         device = self._model.device
-        return {
+        inputs = {
             "input_ids": ids.to(device),
             "attention_mask": mask.to(device),
             "pixel_values": self._pixels[[row.image for row in batch]],
         }
+        if FAMILIES[self._model.config.model_type].has_tiles:
+            inputs["image_sizes"] = torch.tensor([LOOKED_AT[::-1]] * len(batch))
+        return inputs
 
 
 def _batches(rows: Sequence[Row], setting: Setting) -> Iterator[list[int]]:

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 
 from jobs.findings import Finding
-from jobs.subject import LOOKED_AT, Subject
-from jobs.workload import Workload
+from jobs.subject import Subject
+from jobs.workload import LOOKED_AT, Workload
+from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import processor_repairs
 from pipeline.engine.look import features_of, mismatch
-from pipeline.engine.pixels import ProcessorResize, resize_of
+from pipeline.engine.pixels import ProcessorResize, resize_of, resized
 from pipeline.engine.request import Branch, ImagePixels
 from pipeline.tokenise import Tokeniser
 from schemas.job import ModelSpec
@@ -25,6 +27,10 @@ QUESTIONS = (
 )
 QUESTIONS_OF = (1, 2, 3, 5)
 """On each image: a lone one and several are packed differently."""
+SIZES = (LOOKED_AT, (640, 480), (480, 640), (1000, 300))
+"""Width and height of images that are cut into tiles."""
+_ALSO_OF_THE_MODEL = ("vision_feature_select_strategy", "vision_aspect_ratio")
+"""Settings that stand in processor_config.json and in config.json."""
 FEWEST_TOKENS, MOST_TOKENS = 3, 16
 """Of an answer."""
 
@@ -49,51 +55,66 @@ def _repaired(spec: ModelSpec) -> Iterator[Finding]:
 
 
 def _image_tokens(subject: Subject) -> Finding:
-    about, n_tokens = "image tokens", subject.tokens_per_image
-    height, width = subject.image_shape[:2]
-    try:
-        n_features = _features(subject)
-    except (ValueError, RuntimeError) as error:
-        return Finding(
-            about,
-            "wrong",
-            f"the processor makes images of {width} x {height} pixels, which the model does not "
-            f"take: {error}. Bring size and crop_size of the image processor in line with "
-            "vision_config.image_size of config.json",
+    about, counted = "image tokens", ImageTokens(subject.processor)
+    height, width = subject.image_shape[-3:-1]
+    places = []
+    for size in [LOOKED_AT] if counted.fixed is not None else SIZES:
+        n_tokens = counted.of(size)
+        try:
+            n_features = _features(subject, size)
+        except (ValueError, RuntimeError) as error:
+            return Finding(
+                about,
+                "wrong",
+                f"the processor makes images of {width} x {height} pixels, which the model does "
+                f"not take: {error}. Bring size and crop_size of the image processor in line with "
+                "vision_config.image_size of config.json",
+            )
+        if n_tokens != n_features:
+            return Finding(
+                about,
+                "wrong",
+                f"an image of {size[0]} x {size[1]} pixels takes {n_tokens} places in a prompt, "
+                f"but the model has {n_features} pieces of it to put there: every question would "
+                "be a failed row (TokenFeatureMismatch). "
+                + (_culprits(subject) or str(mismatch(n_tokens, n_features))),
+            )
+        places.append(f"{n_tokens} at {size[0]} x {size[1]} pixels")
+    if counted.fixed is not None:
+        told = f"an image is resized to {width} x {height} pixels and takes {n_tokens} places"
+    else:
+        told = (
+            f"an image is cut into tiles of {width} x {height} pixels and takes, with its size, "
+            f"more or fewer places ({', '.join(places)})"
         )
-    if n_tokens == n_features:
-        return Finding(
-            about,
-            "ok",
-            f"an image is resized to {width} x {height} pixels and takes {n_tokens} places in a "
-            "prompt, as many as the model fills",
-        )
-    return Finding(
-        about,
-        "wrong",
-        f"an image takes {n_tokens} places in a prompt, but the model has {n_features} pieces of "
-        "it to put there: every question would be a failed row (TokenFeatureMismatch). "
-        + (_culprits(subject) or str(mismatch(n_tokens, n_features))),
-    )
+    return Finding(about, "ok", f"{told} in a prompt, as many as the model fills")
 
 
 @torch.inference_mode()
-def _features(subject: Subject) -> int:
+def _features(subject: Subject, size: tuple[int, int]) -> int:
     """How many the model makes of one image."""
-    blank = ImagePixels(np.zeros(subject.image_shape, np.uint8), "blank", LOOKED_AT)
+    blank = ImagePixels(resized(subject.processor, Image.new("RGB", size)), "blank", size)
     table = torch.from_numpy(subject.table).to(subject.model.device)
     return sum(map(len, features_of(subject.model, [blank], table)))
 
 
 def _culprits(subject: Subject) -> str:
     """What processor and model say differently of how an image is cut up."""
-    key = "vision_feature_select_strategy"
-    theirs, ours = (getattr(of, key, None) for of in (subject.processor, subject.model.config))
-    if theirs == ours:
-        return ""
-    return (
+    processor, config = subject.processor, subject.model.config
+    vision = config.vision_config
+    pairs = {
+        key: (getattr(processor, key), ours)
+        for key, ours in (
+            ("num_image_tokens", (vision.image_size // vision.patch_size) ** 2),
+            *((key, getattr(config, key, None)) for key in _ALSO_OF_THE_MODEL),
+        )
+        if hasattr(processor, key) and ours is not None
+    }
+    return "; ".join(
         f"{key} is {theirs!r} in processor_config.json, but {ours!r} in config.json, which the "
         f"weights were made for: set it to {ours!r} in processor_config.json"
+        for key, (theirs, ours) in pairs.items()
+        if theirs != ours
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.workload import Vocabulary
+from jobs.workload import LOOKED_AT, Vocabulary
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
 from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 DTYPE_OF_RANDOM = "bfloat16"
-LOOKED_AT = (64, 64)
-"""Width and height of the image that stands for all."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """`table`: float32 [3, 256] of `pixels.pixel_table`. `image_shape`: of the resized uint8
-    images [H, W, 3]. `dtype`: its name, as in a spec."""
+    images [H, W, 3], or of their tiles. `dtype`: its name, as in a spec."""
 
     name: str
     dtype: str

@@ -18,6 +18,8 @@ from schemas.errors import SpecError
 
 Mode = Literal["vqa", "caption"]
 
+LOOKED_AT = (64, 64)
+"""Width and height that every image has before it is resized, or cut into tiles."""
 LEAD_TOKENS = 5
 """Of the text in front of the image, the start token included."""
 QUESTION_TOKENS = (8, 16)
@@ -54,7 +56,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Workload:
-    """`images`: uint8 [H, W, 3] each, with its `branches`. `lead`: ids up to the image's end."""
+    """`images`: uint8 [H, W, 3] each, or its tiles, with its `branches`. `lead`: ids up to the
+    image's end."""
 
     mode: Mode
     images: Sequence[np.ndarray]
@@ -73,7 +76,7 @@ class Workload:
     def requests(self, look: int) -> list[Request]:
         """The same as requests. An engine that keeps features knows none from another `look`."""
         return [
-            Request(Prefix(self.lead, [ImagePixels(image, _sha256(image, look))]), branches)
+            Request(Prefix(self.lead, [_looked_at(image, look)]), branches)
             for image, branches in zip(self.images, self.branches, strict=True)
         ]
 
@@ -151,5 +154,6 @@ def _checked(work: Workload, vocabulary: Vocabulary) -> Workload:
     return work
 
 
-def _sha256(image: np.ndarray, look: int) -> str:
-    return hashlib.sha256(image.tobytes() + str(look).encode()).hexdigest()
+def _looked_at(image: np.ndarray, look: int) -> ImagePixels:
+    sha256 = hashlib.sha256(image.tobytes() + str(look).encode()).hexdigest()
+    return ImagePixels(image, sha256, LOOKED_AT)

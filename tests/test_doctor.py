@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
 from jobs.doctor import Doctor, examine
-from jobs.doctor_processor import QUESTIONS_OF, mixed_work
+from jobs.doctor_processor import QUESTIONS_OF, look_over, mixed_work
 from jobs.doctor_text import told
 from jobs.doctor_trials import Trials, build_engine
 from jobs.subject import load_subject
 from jobs.workload import noise
 from pipeline.engine.request import Answer
 from schemas.job import ModelSpec
+from tests.families import saved_kind
 from tests.models import shared_checkpoint, tiny_model, tiny_processor, write_checkpoint
 
 Edit = Callable[[Path], None]
@@ -59,6 +60,27 @@ def found(report: dict[str, Any], about: str) -> dict[str, Any]:
 
 
 # A model that is whole
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT, CLIP, Mistral", "LLaVA-OneVision, SigLIP, Qwen2"])
+def test_a_model_of_tiles_is_whole(name: str) -> None:
+    doctor, trials = examined(saved_kind(name))
+    finding = next(look_over(trials.spec, load_subject(trials.spec)))
+    assert finding.state == "ok"
+    assert "tiles of 32 x 32 pixels" in finding.text
+    assert "at 1000 x 300 pixels" in finding.text
+    assert doctor.report["engine"]["name"] == "slots"
+    assert trials.exact()[0]["ok"]
+
+
+def test_a_processor_that_counts_other_tiles_than_the_model_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(saved_kind("LLaVA-OneVision, SigLIP, Qwen2"), tmp_path / "checkpoint")
+    edit(folder / "processor_config.json", vision_aspect_ratio="anyres_max_1")
+    finding = next(
+        look_over(ModelSpec(path=str(folder)), load_subject(ModelSpec(path=str(folder))))
+    )
+    assert finding.state == "wrong"
+    assert "vision_aspect_ratio is 'anyres_max_1'" in finding.text
 
 
 @pytest.fixture(scope="module")

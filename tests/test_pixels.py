@@ -45,6 +45,11 @@ NEXT_336 = LlavaNextImageProcessorPil(
 )
 TILED = {
     "LLaVA-NeXT": NEXT_336,
+    "LLaVA-NeXT, largest first": LlavaNextImageProcessorPil(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_grid_pinpoints=[[192, 192], [64, 192], [128, 128], [128, 64], [64, 128]],
+    ),
     "LLaVA-OneVision": LlavaOnevisionImageProcessorPil(),
 }
 UNKNOWN = {
