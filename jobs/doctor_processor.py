@@ -128,7 +128,7 @@ def _pixels(subject: Subject) -> Finding:
 def _text(spec: ModelSpec, subject: Subject) -> Iterator[Finding]:
     processor, tokenizer = subject.processor, subject.processor.tokenizer
     tokeniser = Tokeniser(spec, processor)
-    prompt = tokeniser.render(QUESTIONS[0], ())
+    prompt = tokeniser.render(QUESTIONS[0])
     tokeniser.check(tokeniser.ids(prompt, (subject.tokens_per_image,)), max_new_tokens=MOST_TOKENS)
     shown = f"a question becomes {prompt!r}"
     if processor.chat_template:
@@ -157,7 +157,7 @@ def mixed_work(spec: ModelSpec, subject: Subject, images: list[np.ndarray]) -> W
     tokeniser = Tokeniser(spec, subject.processor)
     image_token = subject.model.config.image_token_id
     places = (subject.tokens_per_image,)
-    asked = [tuple(tokeniser.ids(tokeniser.render(text, ()), places)) for text in QUESTIONS]
+    asked = [tuple(tokeniser.ids(tokeniser.render(text), places)) for text in QUESTIONS]
     end = max(place for place, token in enumerate(asked[0]) if token == image_token) + 1
     branches = [
         [

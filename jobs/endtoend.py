@@ -141,7 +141,7 @@ def _requests(
     branches = []
     for ask in job.ask:
         assert isinstance(ask, AskPrompt)
-        ids = tokeniser.ids(tokeniser.render(ask.prompt, ()), (subject.tokens_per_image,))
+        ids = tokeniser.ids(tokeniser.render(ask.prompt), (subject.tokens_per_image,))
         split = len(ids) - ids[::-1].index(subject.vocabulary.image_token_id)
         branches.append(Branch(tuple(ids[split:]), job.decoding(ask).max_new_tokens))
     lead = tuple(ids[:split])

@@ -96,7 +96,9 @@ class Tokeniser:
                 f"of {self._context}; shorten the question or max_new_tokens"
             )
 
-    def _render(self, question: str, earlier: tuple[Turn, ...], shots: tuple[Turn, ...]) -> str:
+    def _render(
+        self, question: str, earlier: tuple[Turn, ...] = (), shots: tuple[Turn, ...] = ()
+    ) -> str:
         """The prompt as text. Raises PromptError."""
         token = self._processor.image_token
         messages = messages_for(
