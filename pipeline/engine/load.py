@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 
+CUTTING = ("truncation", "truncation_strategy", "max_length", "stride")
+FILLING = ("padding", "pad_to_multiple_of")
+"""Settings of a tokenizer that decide how long a prompt is, whatever it says."""
+
+
 def load_config(spec: ModelSpec) -> "LlavaConfig":
     """The configuration with the defaults of its parts filled in; no weights."""
     from transformers import AutoConfig
@@ -42,20 +47,31 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     """The checkpoint's processor on the PIL backend, padding left.
 
     The backend is named because transformers picks torchvision's wherever that is installed, whose
-    resizing gives other pixels. What it says wrongly of an image's places is set right, and told in
-    the log. Raises SpecError where processor and model do not fit each other.
+    resizing gives other pixels. Prompts are neither cut nor filled up, whatever the files say. What
+    it says wrongly of an image's places is set right, and told in the log. Raises SpecError where
+    processor and model do not fit each other.
     """
     processor = _processor(spec, padding_side="left")
     if processor.image_processor.backend != "pil":
         raise SpecError(
             f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
         )
+    _leave_lengths(processor.tokenizer)
     config = load_config(spec)
     for repair in _repairs(processor, config):
         logging.getLogger(__name__).warning("model %s: %s", spec.path, repair)
         setattr(processor, repair.key, repair.now)
     _check_fits_model(processor, config, name=spec.path)
     return processor
+
+
+def _leave_lengths(tokenizer: Any) -> None:
+    """A prompt that is cut loses image tokens; one that is too long is a failed row."""
+    for key in (*CUTTING, *FILLING):
+        tokenizer.init_kwargs.pop(key, None)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def processor_repairs(spec: ModelSpec) -> list[Repair]:
