@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.coverage import Ranges
-from pipeline.engine.checkpoint import open_checkpoint
+from pipeline.engine.checkpoint import family_of, open_checkpoint
 from pipeline.formats import IMAGE_TOKEN, given_template
 from pipeline.script import Script, columns_of, scripts_of
 from pipeline.sources import open_source
@@ -29,6 +29,8 @@ def check_prompts(job: JobSpec, shards: Sequence[Shard]) -> None:
     given_template(job.model.chat_template)
     _check_texts(job)
     _check_length(job)
+    if any(script.is_talk for script in scripts.values()):
+        _check_may_talk(job)
     if columns := columns_of(scripts):
         source = open_source(job.source, fetcher=Unfetched(job.source), fields=columns)
         _check_columns(scripts, list(_first(source, shards)))
@@ -54,6 +56,16 @@ def _check_columns(scripts: Mapping[str, Script], rows: Sequence[Sample]) -> Non
                 + (name if name.isidentifier() else f"row[{name!r}]")
                 + " | default('') }} where most rows lack it"
             )
+
+
+def _check_may_talk(job: JobSpec) -> None:
+    family = family_of(open_checkpoint(job.model))
+    if not family.is_fast:
+        raise SpecError(
+            f"ask: turns, and prompts and conditions over earlier answers, do not work with a "
+            f"{family.architecture}, whose prompts its processor reads only with the image; ask "
+            "them in a later run, over a table with the first answers as a column"
+        )
 
 
 def _check_texts(job: JobSpec) -> None:

@@ -13,15 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.decode_process import DecodeSettings
-from pipeline.decoder import Decoded, Decoder, settings_of
+from pipeline.decoder import Decoded, Decoder
 from pipeline.engine.load import load_processor
-from pipeline.engine.pixels import Resize, pixel_table, resize_of
 from pipeline.entries import Entries, Entry, fail, ready, waiting
+from pipeline.reading import Reader
 from pipeline.script import scripts_of
 from pipeline.sources.base import Turn
-from pipeline.tokenise import Tokeniser
-from schemas.errors import DecodeError, PromptError, SpecError
+from pipeline.tokenise import Reading, Tokeniser
+from schemas.errors import DecodeError, PromptError
 from schemas.job import JobSpec
 from schemas.tables import KEEP, LINE, PREPARED, SAMPLE, SHARD, error_of, table_of, with_keep
 
@@ -41,9 +40,9 @@ class Encode:
     def __init__(self, job: JobSpec, keep: Mapping[str, pa.DataType]) -> None:
         self._keep = keep
         processor = load_processor(job.model)
-        pixel_table(processor)
-        self._decoder = Decoder(_decode_settings(job, processor))
         self._tokeniser = Tokeniser(job.model, processor)
+        self._reader = Reader(job, processor, self._tokeniser)
+        self._decoder = Decoder(self._reader.settings)
         self._scripts = scripts_of(job)
         self._entries = Entries(job, self._scripts)
 
@@ -88,20 +87,24 @@ class Encode:
                 entries = ready(prepared["prompts"])
                 self._render(entries, line)
                 asked += entries
-            if (places := self._tokeniser.image_tokens.fixed) is not None:
-                self._tokenise(asked, places)
+            if self._reader.always is not None:
+                self._tokenise(asked, self._reader.always)
             try:
-                decoded = decoding.result()
-            except DecodeError as error:
+                row |= self._looked_at(decoding.result(), asked)
+            except (DecodeError, PromptError) as error:
                 for entry in asked:
                     entry.update(prompt=None, token_ids=None)
                     fail(entry, error_of(error))
-                return row
-            if places is None:
-                size = (decoded.width, decoded.height)
-                self._tokenise(asked, self._tokeniser.image_tokens.of(size))
-            row |= _image_columns(decoded, is_wanted=bool(waiting(asked)))
         return row
+
+    def _looked_at(self, image: Decoded, asked: list[Entry]) -> dict[str, Any]:
+        """What there is to be said of an image, once it is there."""
+        columns: dict[str, Any] = {"image_width": image.width, "image_height": image.height}
+        if self._reader.always is None:
+            self._tokenise(asked, self._reader.of(image))
+        if waiting(asked):
+            columns |= self._reader.pixels(image)
+        return columns
 
     def _render(self, entries: list[Entry], line: Line) -> None:
         """Fill in the prompts as text; those that cannot be asked fail."""
@@ -113,27 +116,7 @@ class Encode:
             except PromptError as error:
                 fail(entry, error_of(error))
 
-    def _tokenise(self, entries: list[Entry], places: int) -> None:
-        """Fill in the ids of what is rendered, so many image tokens among them."""
+    def _tokenise(self, entries: list[Entry], reading: Reading) -> None:
+        """Fill in the ids of what is rendered."""
         for entry in waiting(entries):
-            self._tokeniser.fill_in(
-                entry, (places,), options=self._scripts[entry["unit"]].ask.options
-            )
-
-
-def _image_columns(image: Decoded, *, is_wanted: bool) -> dict[str, Any]:
-    columns: dict[str, Any] = {"image_width": image.width, "image_height": image.height}
-    if is_wanted:
-        columns |= {"pixels": image.pixels, "pixels_shape": image.shape}
-    return columns
-
-
-def _decode_settings(job: JobSpec, processor: Any) -> DecodeSettings:
-    """Raises SpecError where images of this processor cannot be decoded as the spec wants."""
-    resize = resize_of(processor)
-    if job.source.decode == "fast" and not isinstance(resize, Resize):
-        raise SpecError(
-            f"source.decode is fast, but how large {type(processor.image_processor).__name__} "
-            "makes an image is not known beforehand; set source.decode to exact"
-        )
-    return settings_of(job, resize)
+            reading.fill_in(entry, options=self._scripts[entry["unit"]].ask.options)

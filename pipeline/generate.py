@@ -14,7 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.asking import Asking, Vocabulary
-from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
+from pipeline.engine.load import (
+    device_of,
+    end_tokens,
+    load_family,
+    load_model,
+    load_processor,
+)
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Engine
 from pipeline.rounds import Rounds
@@ -63,13 +69,14 @@ class Generate:
             unit: Asking(job, ask, words) for unit, ask in zip(job.units, job.ask, strict=True)
         }
         scripts = scripts_of(job)
-        has_later = any(script.needs or len(script.turns) > 1 for script in scripts.values())
-        tokeniser = Tokeniser(job.model, processor) if has_later else None
+        may_talk = any(script.is_talk for script in scripts.values())
+        tokeniser = Tokeniser(job.model, processor) if may_talk else None
         self._scene = Scene(askings, scripts, tokeniser)
         engine: Engine = engine_of(
             model,
             eos_token_ids=ends,
-            table=pixel_table(processor),
+            table=pixel_table(processor) if load_family(job.model).is_fast else None,
+            processor=processor,
             attention=job.model.attention,
             resources=job.resources.generate,
         )

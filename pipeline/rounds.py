@@ -60,7 +60,8 @@ class Rounds:
 
     def _prefix(self, ids: Sequence[int]) -> TokenIds:
         """Up to and including the last image token."""
-        last = max(i for i, token in enumerate(ids) if token == self._image_token_id)
+        places = (i for i, token in enumerate(ids) if token == self._image_token_id)
+        last = max(places, default=-1)
         return tuple(ids[: last + 1])
 
 
@@ -153,5 +154,6 @@ def _unscored(branch: Branch) -> Sequence[int]:
 
 
 def _image(row: Mapping[str, Any]) -> ImagePixels:
-    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["pixels_shape"]).copy()
+    shape = row["pixels_shape"] or [-1]
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(shape).copy()
     return ImagePixels(pixels, row["image_sha256"], (row["image_width"], row["image_height"]))

@@ -33,6 +33,11 @@ class Script:
     needs: tuple[str, ...]
 
     @property
+    def is_talk(self) -> bool:
+        """Whether any of its questions waits for an answer."""
+        return bool(self.needs) or len(self.turns) > 1
+
+    @property
     def columns(self) -> frozenset[str]:
         """Of the row, as far as they are looked at."""
         names = {name for each in self._templates for name in each.columns}

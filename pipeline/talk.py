@@ -177,7 +177,7 @@ class Talk:
             fail(prompt, error_of(error))
             return
         places = tokeniser.image_tokens.of((self.row["image_width"], self.row["image_height"]))
-        tokeniser.fill_in(prompt, (places,), options=script.ask.options)
+        tokeniser.placing(places).fill_in(prompt, options=script.ask.options)
 
     def _skip_in_vain(self, task: Task) -> None:
         """Where an answer is missing that it looks at. One that was not asked for is null in

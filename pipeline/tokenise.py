@@ -5,7 +5,7 @@ and tokenised last is kept. Knows nothing of rows and images.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,34 @@ class Choices:
         return self.shared_tokens + max(map(len, self.token_ids)) + 1
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a prompt becomes, and given answers behind it, and what there is no room for. Each may
+    raise PromptError."""
+
+    ids: Callable[[str], list[int]]
+    choices: Callable[[str, tuple[str, ...]], Choices]
+    check: Callable[..., None]
+
+    def fill_in(self, entry: dict[str, Any], *, options: tuple[str, ...] | None) -> None:
+        """Give a PROMPT entry that is rendered its ids, and those of the answers that it may have;
+        it fails where they are too many."""
+        try:
+            ids = self.ids(entry["prompt"])
+            longest = entry["max_new_tokens"]
+            if options:
+                choices = self.choices(entry["prompt"], options)
+                longest = choices.longest - len(ids)
+                entry["choices"] = asdict(choices)
+            self.check(ids, max_new_tokens=longest)
+            entry["token_ids"] = ids
+        except PromptError as error:
+            entry.update(status="failed", error=error_of(error))
+
+
 class Tokeniser:
     """`render(question, earlier, shots)` gives a prompt with one image token, `ids(prompt, places)`
-    its ids, `choices(prompt, texts, places)` those of given answers; `fill_in` notes them.
+    its ids, `choices(prompt, texts, places)` those of given answers; a `Reading` does both.
 
     `places`: how many image tokens each image of the prompt takes, in their order; `image_tokens`
     knows that of an image.
@@ -58,29 +83,23 @@ class Tokeniser:
         self._template = template
         if template in FORMATS.values():
             self._template = template.replace(IMAGE_TOKEN, processor.image_token)
-        self.image_tokens = ImageTokens(processor)
         text = load_config(model).get_text_config()
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self.render = functools.lru_cache(PROMPTS_KEPT)(self._render)
         self.ids = functools.lru_cache(PROMPTS_KEPT)(self._ids)
         self.choices = functools.lru_cache(PROMPTS_KEPT)(self._choices)
 
-    def fill_in(
-        self, entry: dict[str, Any], places: tuple[int, ...], *, options: tuple[str, ...] | None
-    ) -> None:
-        """Give a PROMPT entry that is rendered its ids, and those of the answers that it may have;
-        it fails where they are too many."""
-        try:
-            ids = self.ids(entry["prompt"], places)
-            longest = entry["max_new_tokens"]
-            if options:
-                choices = self.choices(entry["prompt"], options, places)
-                longest = choices.longest - len(ids)
-                entry["choices"] = asdict(choices)
-            self.check(ids, max_new_tokens=longest)
-            entry["token_ids"] = ids
-        except PromptError as error:
-            entry.update(status="failed", error=error_of(error))
+    @functools.cached_property
+    def image_tokens(self) -> ImageTokens:
+        return ImageTokens(self._processor)
+
+    def placing(self, places: int) -> "Reading":
+        """How prompts are read in which so many image tokens stand for the image."""
+        return Reading(
+            functools.partial(self.ids, places=(places,)),
+            functools.partial(self.choices, places=(places,)),
+            self.check,
+        )
 
     def tokens_of(self, text: str) -> int:
         """How many tokens a text has, about: what is around it may change that by a few."""
@@ -141,25 +160,37 @@ class Tokeniser:
         return ids
 
     def _choices(self, prompt: str, texts: tuple[str, ...], places: tuple[int, ...]) -> Choices:
-        """Each behind the whole prompt, a space between them where the prompt does not end in one.
+        """The image token stands for itself alone here: what follows it is the same."""
+        added = len(self.ids(prompt, places)) - len(self._tokenised(prompt))
+        return choices_behind(prompt, texts, self._tokenised, added=added)
 
-        The image token stands for itself alone here: what follows it is the same. Raises
-        ChoiceUnwritable where the tokens do not tell the choices apart.
-        """
-        space = "" if prompt[-1:].isspace() else " "
-        alone = self._tokenised(prompt)
-        whole = [self._tokenised(f"{prompt}{space}{text}") for text in texts]
-        shared = min(alike(alone, ids) for ids in whole)
-        given = [ids[shared:] for ids in whole]
-        for number, ids in enumerate(given):
-            if not ids or ids in given[:number]:
-                raise ChoiceUnwritable(
-                    f"the model's tokens for the choice {texts[number]!r} are those of "
-                    f"{texts[given.index(ids)]!r}: name it otherwise"
-                    if ids
-                    else f"the model has no tokens for the choice {texts[number]!r}"
-                )
-        return Choices(shared + len(self.ids(prompt, places)) - len(alone), given)
+
+def choices_behind(
+    prompt: str,
+    texts: tuple[str, ...],
+    tokenised: Callable[[str], Sequence[int]],
+    *,
+    added: int = 0,
+) -> Choices:
+    """Each behind the whole prompt, a space between them where the prompt does not end in one.
+
+    `added`: so many tokens the prompt has beyond those that `tokenised` gives. Raises
+    ChoiceUnwritable where the tokens do not tell the choices apart.
+    """
+    space = "" if prompt[-1:].isspace() else " "
+    alone = tokenised(prompt)
+    whole = [tokenised(f"{prompt}{space}{text}") for text in texts]
+    shared = min(alike(alone, ids) for ids in whole)
+    given = [ids[shared:] for ids in whole]
+    for number, ids in enumerate(given):
+        if not ids or ids in given[:number]:
+            raise ChoiceUnwritable(
+                f"the model's tokens for the choice {texts[number]!r} are those of "
+                f"{texts[given.index(ids)]!r}: name it otherwise"
+                if ids
+                else f"the model has no tokens for the choice {texts[number]!r}"
+            )
+    return Choices(shared + added, given)
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:

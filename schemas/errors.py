@@ -155,6 +155,10 @@ class ChoiceUnwritable(PromptError):
     pass
 
 
+class ProcessorRefused(PromptError):
+    pass
+
+
 class GenerateError(RowError):
     stage = "generate"
 

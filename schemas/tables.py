@@ -115,7 +115,8 @@ PREPARED = pa.schema(
     ]
 )
 """`pixels`: uint8 of `pixels_shape`, [H, W, 3] or [tiles, H, W, 3], row-major, resized as the
-processor does, not yet normalised; null where no prompt of any line needs them."""
+processor does, not yet normalised; null where no prompt of any line needs them. Of a model that
+goes the slow path, safetensors of what its processor gives, without a shape."""
 
 _ANSWER = [
     pa.field("source_uri", pa.string()),

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family of models that goes the fast path, and their texts.
+"""Tiny random checkpoints of every family that goes the fast path, and of models of no family.
 
 All are made by transformers' own classes, with weights drawn as wide as those of `tests.models`.
 """
@@ -14,6 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -26,6 +31,9 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PhiConfig,
     Qwen2Config,
     SiglipImageProcessorPil,
@@ -83,11 +91,7 @@ class Kind:
             image_token_index=SPECIAL.index("<image>"),
             **{**self._reads(), **self.keys},
         )
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            model = model_class(config)
-            draw(model)
-        return model
+        return _drawn(model_class, config)
 
     def processor(self) -> Any:
         return _PROCESSORS[self.family](self)
@@ -104,6 +108,14 @@ class Kind:
             return SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
         size = {"height": SIDE, "width": SIDE}
         return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+
+
+def _drawn(model_class: Any, config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = model_class(config)
+        draw(model)
+    return model
 
 
 _TEXT = {
@@ -214,3 +226,71 @@ def rename_as_on_the_hub(folder: Path) -> None:
         assert any(name.startswith(part) for name in old), (part, sorted(old)[:5])
     assert any(name.startswith("multi_modal_projector.") for name in old)
     save_file(old, path, metadata={"format": "pt"})
+
+
+# The slow path
+
+
+def idefics3() -> tuple[Any, Any]:
+    """Cuts images into tiles, and writes more than image tokens for them."""
+    tokenizer = tiny_tokenizer()
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = Idefics3Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        },
+        text_config=LlamaConfig(**{**_TEXT, "max_position_embeddings": 1024}),
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+    )
+    return _drawn(Idefics3ForConditionalGeneration, config), processor
+
+
+def paligemma() -> tuple[Any, Any]:
+    """Sees the prompt in both directions: what is answered is read otherwise than what is asked."""
+    images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    images.image_seq_length = FEATURES
+    processor = PaliGemmaProcessor(
+        image_processor=images, tokenizer=tiny_tokenizer(), chat_template=CHAT_TEMPLATE
+    )
+    size = 8 * (len(processor.tokenizer) // 8 + 1)
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        ),
+        text_config=GemmaConfig(**{**_TEXT, "vocab_size": size, "head_dim": 16}),
+        projection_dim=64,
+        tie_word_embeddings=False,
+        image_token_index=SPECIAL.index("<image>"),
+    )
+    return _drawn(PaliGemmaForConditionalGeneration, config), processor
+
+
+SLOW = {"Idefics3": idefics3, "PaliGemma": paligemma}
+
+
+@functools.cache
+def saved_slow(name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tiny-slow-"))
+    model, processor = SLOW[name]()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

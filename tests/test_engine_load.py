@@ -83,8 +83,7 @@ def test_a_config_that_is_not_json(folder):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]},
-         "Blip2ForConditionalGeneration"),
+        ({"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}, "llava_llama"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "LlavaLlamaForCausalLM"),
         ({"model_type": "bert"}, "'bert'"),
     ],

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
-from pipeline.engine.family import FAMILIES, Family
+from pipeline.engine.family import FAMILIES, Family, family_named
 from pipeline.engine.quantization import check_installed
 from pipeline.engine.tokens import check_tokens
 from pipeline.engine.trust import check_code, check_pickles
@@ -208,7 +208,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
 def family_of(checkpoint: Checkpoint) -> Family:
     """Raises SpecError for a model that nothing here can run."""
     model_type = checkpoint.config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = family_named(str(model_type))
     architectures = checkpoint.config.get("architectures") or [family and family.architecture]
     if family is None or family.architecture not in architectures:
         known = "; ".join(
@@ -217,7 +217,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
         )
         raise SpecError(
             f"model {checkpoint.path} is a {architectures[0]} (model_type {model_type!r}), which "
-            f"is not supported. What is: {known}"
+            "is not supported. What is: any of transformers' models for image-text-to-text, and "
+            f"faster than others {known}"
         )
     return family
 

@@ -4,6 +4,7 @@ slots   text models whose attention can be given to them as a function
 plain   attention scores that are capped, layers of other kinds, `model.attention:
         flash_attention_2`; RoPE that depends on the longest prompt of a batch (dynamic,
         longrope), one prompt after the other
+alone   models of no family (`family.py`), by their own `generate`
 """
 
 from collections.abc import Sequence
@@ -21,18 +22,24 @@ BATCH_ROPES = frozenset({"dynamic", "longrope"})
 SLOT_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
-def engine_of(
+def engine_of(  # noqa: PLR0913 (all but the model by name)
     model: "LlavaForConditionalGeneration",
     *,
     eos_token_ids: Sequence[int],
-    table: np.ndarray,
+    table: np.ndarray | None,
+    processor: Any = None,
     attention: str = "auto",
     resources: GenerateResources = GenerateResources(),  # noqa: B008 (frozen)
 ) -> Engine:
-    """`table`: of `pixels.pixel_table`. `attention`: as `model.attention` of a spec.
+    """`table`: of `pixels.pixel_table`; null for a model of no family, which wants its `processor`.
+    `attention`: as `model.attention` of a spec.
 
     Raises SpecError where `resources` ask for what does not work here.
     """
+    if table is None:
+        from pipeline.engine.alone import AloneEngine
+
+        return AloneEngine(model, processor=processor, eos_token_ids=eos_token_ids)
     if why_plain(model, attention=attention) is None:
         from pipeline.engine.slots import SlotsEngine
 

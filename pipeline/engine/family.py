@@ -6,7 +6,7 @@
     what the model sees in its pixels         .features
 
 The text half of a model is not a matter of its family: `choose.py` says which of them go into
-slots. Imports neither torch nor transformers: the driver asks it too.
+slots. The driver asks it too: torch and transformers are imported where they are needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,15 +36,18 @@ class Family:
 
     `architecture`, `config`, `processor`: classes of transformers. `has_tiles`: an image is cut
     into tiles, the more the larger it is, and takes as many places in a prompt as its size asks
-    for. `example`: a checkpoint on the hub.
+    for. `is_fast`: its images travel as bytes, are normalised on the device, and are looked at
+    once for all questions; others are asked through `generate`, one prompt at a time (`alone.py`).
+    `example`: a checkpoint on the hub.
     """
 
     model_type: str
     architecture: str
     config: str
     processor: str
-    example: str
+    example: str = ""
     has_tiles: bool = False
+    is_fast: bool = True
 
     def model_class(self) -> Any:
         return _class(self.architecture)
@@ -108,7 +111,22 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
-"""By `model_type` of config.json."""
+"""Those that go the fast path, by `model_type` of config.json."""
+
+
+def family_named(model_type: str) -> Family | None:
+    """Null for what is no model that transformers has for images and text.
+
+    Imports transformers where it is none of FAMILIES: there is no other list of them.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if not isinstance(architecture, str):
+        return None
+    return Family(model_type, architecture, "AutoConfig", "AutoProcessor", is_fast=False)
 
 
 class ImageTokens:

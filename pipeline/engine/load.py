@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from pipeline.engine import quantization, trust
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, family_of, open_checkpoint
+from pipeline.engine.family import Family
 from pipeline.engine.repair import UNSAID, Repair, repairs
 from pipeline.engine.tokens import check_fit
 from schemas.errors import SpecError
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 CUTTING = ("truncation", "truncation_strategy", "max_length", "stride")
 FILLING = ("padding", "pad_to_multiple_of")
 """Settings of a tokenizer that decide how long a prompt is, whatever it says."""
+
+
+def load_family(spec: ModelSpec) -> Family:
+    return family_of(open_checkpoint(spec))
 
 
 def load_config(spec: ModelSpec) -> "LlavaConfig":
@@ -52,16 +57,24 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     processor and model do not fit each other.
     """
     processor = _processor(spec, padding_side="left")
-    if processor.image_processor.backend != "pil":
+    if getattr(processor.image_processor, "backend", None) != "pil":
         raise SpecError(
             f"model {spec.path}: {type(processor.image_processor).__name__} has no PIL backend"
         )
     _leave_lengths(processor.tokenizer)
     config = load_config(spec)
-    for repair in _repairs(processor, config):
-        logging.getLogger(__name__).warning("model %s: %s", spec.path, repair)
-        setattr(processor, repair.key, repair.now)
-    _check_fits_model(processor, config, name=spec.path)
+    if load_family(spec).is_fast:
+        for repair in _repairs(processor, config):
+            logging.getLogger(__name__).warning("model %s: %s", spec.path, repair)
+            setattr(processor, repair.key, repair.now)
+        _check_image(processor, config, name=spec.path)
+    check_fit(
+        spec.path,
+        processor.tokenizer.get_vocab(),
+        image_token=processor.image_token,
+        image_token_id=config.image_token_id,
+        embedded=config.text_config.vocab_size,
+    )
     return processor
 
 
@@ -107,7 +120,7 @@ def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
         return processor
 
 
-def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
+def _check_image(processor: "LlavaProcessor", config: "LlavaConfig", *, name: str) -> None:
     wanted = "num_image_tokens" if hasattr(processor, "num_image_tokens") else "patch_size"
     if not getattr(processor, wanted):
         raise SpecError(
@@ -115,13 +128,6 @@ def _check_fits_model(processor: "LlavaProcessor", config: "LlavaConfig", *, nam
             "vision_config of config.json does not tell the right one: set it"
         )
     _check_tiles(processor, config, name=name)
-    check_fit(
-        name,
-        processor.tokenizer.get_vocab(),
-        image_token=processor.image_token,
-        image_token_id=config.image_token_id,
-        embedded=config.text_config.vocab_size,
-    )
 
 
 def _check_tiles(processor: Any, config: Any, *, name: str) -> None:

@@ -1,0 +1,69 @@
+"""How prompts become ids and images what the engine is given, by the kind of model.
+
+fast, one size       ids before the image is decoded; pixels as bytes
+fast, tiles          ids once the image's size is known; tiles as bytes
+slow (`alone.py`)    ids and tensors by the processor as a whole, from the whole image
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pipeline.decode_process import DecodeSettings
+from pipeline.decoder import Decoded, settings_of
+from pipeline.engine.load import load_family
+from pipeline.engine.pixels import AnyResize, Resize, pixel_table, resize_of
+from pipeline.tokenise import Reading, Tokeniser, choices_behind
+from schemas.errors import SpecError
+from schemas.job import JobSpec
+
+if TYPE_CHECKING:
+    from pipeline.engine.wholeprocessor import WholeProcessor
+
+AS_IT_IS = Resize(margin=None, edge=None, fixed=None, resample=0, crop=None)
+"""For a processor that is to have the whole image."""
+
+
+class Reader:
+    """`always`: how prompts are read, whatever the image; null where that depends on the image.
+
+    Raises SpecError for a processor that the job cannot be done with.
+    """
+
+    def __init__(self, job: JobSpec, processor: Any, tokeniser: Tokeniser) -> None:
+        self._tokeniser = tokeniser
+        self._whole: WholeProcessor | None = None
+        self.always: Reading | None = None
+        resize: AnyResize = AS_IT_IS
+        if load_family(job.model).is_fast:
+            pixel_table(processor)
+            resize = resize_of(processor)
+            if (places := tokeniser.image_tokens.fixed) is not None:
+                self.always = tokeniser.placing(places)
+        else:
+            from pipeline.engine import wholeprocessor
+
+            self._whole = wholeprocessor.WholeProcessor(processor)
+        if job.source.decode == "fast" and (self._whole or not isinstance(resize, Resize)):
+            raise SpecError(
+                f"source.decode is fast, but how large {type(processor.image_processor).__name__} "
+                "makes an image is not known beforehand; set source.decode to exact"
+            )
+        self.settings: DecodeSettings = settings_of(job, resize)
+
+    def of(self, image: Decoded) -> Reading:
+        """How prompts about this image are read."""
+        if self._whole is None:
+            return self._tokeniser.placing(
+                self._tokeniser.image_tokens.of((image.width, image.height))
+            )
+        ids = functools.partial(self._whole.ids, image=Image.fromarray(image.array))
+        choices = functools.partial(choices_behind, tokenised=ids)
+        return Reading(ids, choices, self._tokeniser.check)
+
+    def pixels(self, image: Decoded) -> dict[str, Any]:
+        """What of the image travels, as columns of PREPARED. Raises PromptError."""
+        if self._whole is None:
+            return {"pixels": image.pixels, "pixels_shape": image.shape}
+        return {"pixels": self._whole.of_image(Image.fromarray(image.array))}
