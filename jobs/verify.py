@@ -37,6 +37,8 @@ EXAMPLES = 5
 
 Identity = tuple[int, str | None, int, int]
 """A row's identity within its shard: source_index, question_id, turn, sample_number."""
+Asked = Mapping[str, tuple[int, int]]
+"""How many turns and samples the questions of each unit have."""
 
 
 @dataclass
@@ -108,7 +110,10 @@ def verify(job: JobSpec) -> Report:
     covered = Coverage(shard for part in files.covered.values() for shard in part)
     versions = Versions.of(shards, covered, on_change=job.source.on_change)
     compared = _Comparison(
-        {unit: job.samples(ask) for unit, ask in zip(job.units, job.ask, strict=True)}
+        {
+            unit: (job.turns(ask), job.samples(ask))
+            for unit, ask in zip(job.units, job.ask, strict=True)
+        }
     )
     wanted = END if job.source.limit is None else job.source.limit
     by_uri = {shard.uri: shard for shard in shards}
@@ -142,9 +147,8 @@ def verify(job: JobSpec) -> Report:
 class _Comparison:
     """What is there against what has to be there, a shard at a time."""
 
-    def __init__(self, samples: Mapping[str, int]) -> None:
-        """`samples`: as in `answer_ids`."""
-        self._samples = samples
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
         self.inputs = 0
         self.missing, self.doubled, self.unexpected = Finding(), Finding(), Finding()
 
@@ -152,7 +156,7 @@ class _Comparison:
         self, uri: str, there: Counter[Identity], rows: Iterable[Sample], *, wanted: int
     ) -> None:
         """A shard of the source. `wanted`: so many of its rows have to be answered."""
-        for identity in _called_for(rows, samples=self._samples):
+        for identity in _called_for(rows, asked=self._asked):
             times = there.pop(identity, 0)
             # What a run without a limit, or with another one, has answered is an input, too.
             if times or identity[0] < wanted:
@@ -203,21 +207,23 @@ def _rows_to_read(wanted: int, there: Iterable[Identity]) -> int:
     return max([wanted, *(index + 1 for index, _, _, _ in there if index is not None)])
 
 
-def _called_for(rows: Iterable[Sample], *, samples: Mapping[str, int]) -> Iterator[Identity]:
+def _called_for(rows: Iterable[Sample], *, asked: Asked) -> Iterator[Identity]:
     for row in rows:
-        for question_id, number in answer_ids(row, samples=samples):
-            yield row.index, question_id, 0, number
+        for answer in answer_ids(row, asked=asked):
+            yield row.index, *answer
 
 
-def answer_ids(row: Sample, *, samples: Mapping[str, int]) -> list[tuple[str | None, int]]:
-    """The question id and the sample number of each answer that a source row has to have; it has
-    one at least. `samples`: how many answers a question of each unit has."""
+def answer_ids(row: Sample, *, asked: Asked) -> list[tuple[str | None, int, int]]:
+    """The question id, turn and sample number of each answer that a source row has to have; it has
+    one at least."""
     if row.error is not None:
-        return [(None, 0)]
-    ids: list[tuple[str | None, int]] = []
-    for unit, count in samples.items():
-        own = [unit] if unit != ROW_QUESTIONS else _own_ids(row.questions, taken=tuple(samples))
-        ids += [(each, n) for each in own for n in range(1 if each is None else count)]
+        return [(None, 0, 0)]
+    ids: list[tuple[str | None, int, int]] = []
+    for unit, (turns, samples) in asked.items():
+        own = [unit] if unit != ROW_QUESTIONS else _own_ids(row.questions, taken=tuple(asked))
+        for each in own:
+            numbers = [(0, 0)] if each is None else itertools.product(range(turns), range(samples))
+            ids += [(each, *number) for number in numbers]
     return ids
 
 

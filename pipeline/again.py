@@ -23,10 +23,12 @@ from pipeline.footer import NULL_QUESTION, Footer
 from pipeline.parts import tally_of
 from schemas.ask import ROW_QUESTIONS
 from schemas.errors import ShardUnreadable
+from schemas.tables import EARLIER_FAILED
 
 PLACE = ("source_uri", "source_index")
-IDENTITY = (*PLACE, "question_id", "sample_number")
-OUTCOME = ("question_id", "sample_number", "status", "error_class", "run_id", "attempts")
+ANSWER = ("question_id", "turn", "sample_number")
+IDENTITY = (*PLACE, *ANSWER)
+OUTCOME = (*ANSWER, "status", "error_class", "run_id", "attempts")
 PART = "part"
 ERROR = ("error_stage", "error_class", "error_message")
 MOST_ATTEMPTS = 2**15 - 1
@@ -45,6 +47,7 @@ class Swap:
 
     place: Place
     question_id: str | None
+    turn: int
     sample_number: int
     attempts: int
     answers: tuple[int, ...]
@@ -53,9 +56,9 @@ class Swap:
     """The shard broke off here, and does not any more: nobody knows how many rows it has."""
 
     @property
-    def identity(self) -> tuple[str, int, str | None, int]:
+    def identity(self) -> tuple[str, int, str | None, int, int]:
         """Its IDENTITY."""
-        return *self.place, self.question_id, self.sample_number
+        return *self.place, self.question_id, self.turn, self.sample_number
 
 
 def each_place_once(tables: Iterable[pa.Table]) -> pa.Table:
@@ -105,7 +108,7 @@ def swaps_of(there: pa.Table, answers: pa.Table, *, covered: Coverage) -> dict[s
     for place, came in new.items():
         asked = {u for u, ranges in units.get(place[0], {}).items() if place[1] in ranges}
         for row in old[place]:
-            if row["status"] != "failed" or row["run_id"] == came[0][1]["run_id"]:
+            if not _is_failure(row) or row["run_id"] == came[0][1]["run_id"]:
                 continue
             if swap := _swap(row, came, beside=old[place], units=asked):
                 swaps[row[PART]].append(swap)
@@ -131,6 +134,7 @@ def _swap(
     return Swap(
         place=(row["source_uri"], row["source_index"]),
         question_id=question_id,
+        turn=row["turn"],
         sample_number=row["sample_number"],
         attempts=min(row["attempts"] + 1, MOST_ATTEMPTS),
         answers=tuple(same),
@@ -139,8 +143,13 @@ def _swap(
     )
 
 
-def _answer_of(row: Row) -> tuple[str | None, int]:
-    return row["question_id"], row["sample_number"]
+def _answer_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ANSWER)
+
+
+def _is_failure(row: Row) -> bool:
+    """One that was skipped for an answer that had failed has failed with it."""
+    return row["status"] == "failed" or row["error_class"] == EARLIER_FAILED
 
 
 def _is_asked(question_id: str, units: Collection[str]) -> bool:
@@ -221,12 +230,16 @@ def _indexes(swaps: Iterable[Swap]) -> Ranges:
 
 
 def failed_rows(rows: pa.Table, *, classes: Collection[str], but_run: str) -> pa.Table:
-    """Those of these classes (of all, where there are none), which this run has not answered."""
-    wanted = pc.and_(pc.equal(rows["status"], "failed"), pc.not_equal(rows["run_id"], but_run))
+    """Those of these classes (of all, where there are none), which this run has not answered, and
+    what was skipped in rows for their sake."""
+    is_old = pc.not_equal(rows["run_id"], but_run)
+    wanted = pc.and_(pc.equal(rows["status"], "failed"), is_old)
     if classes:
         named = pc.is_in(rows["error_class"], value_set=pa.array(sorted(classes), pa.string()))
         wanted = pc.and_(wanted, named)
-    return rows.filter(wanted)
+    failed = rows.filter(wanted)
+    skipped = rows.filter(pc.and_(pc.equal(rows["error_class"], EARLIER_FAILED), is_old))
+    return pa.concat_tables([failed, at_places(skipped, places_of(failed))])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pipeline.script import Script, with_needed
 from schemas.ask import AskRow
 from schemas.errors import PromptError, QuestionsMalformed, RowError
 from schemas.job import JobSpec
-from schemas.tables import PROMPT, error_of
+from schemas.tables import NOT_ASKED, PROMPT, error_of
 
 _NO_QUESTIONS = {
     "stage": "prompt",
@@ -105,7 +105,7 @@ def word(
                 entry["turn"], row=row, answers=answers, place=place
             )
         if reason := script.unasked(row=row, answers=answers):
-            skip(entry, "NotAsked", reason)
+            skip(entry, NOT_ASKED, reason)
     except PromptError as error:
         fail(entry, error_of(error))
 

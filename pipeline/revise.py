@@ -114,6 +114,7 @@ NO_ROWS = pa.schema(
         ("source_uri", pa.string()),
         ("source_index", pa.int64()),
         ("question_id", pa.string()),
+        ("turn", pa.int16()),
         ("sample_number", pa.int16()),
         ("status", pa.string()),
         ("error_class", pa.string()),

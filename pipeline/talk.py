@@ -20,11 +20,8 @@ from pipeline.script import Script
 from pipeline.sources.base import Turn
 from pipeline.tokenise import Tokeniser
 from schemas.errors import PromptError
-from schemas.tables import error_of
+from schemas.tables import EARLIER_FAILED, NOT_ASKED, error_of
 
-EARLIER_FAILED = "EarlierFailed"
-"""Reason to skip what an answer is missing for, which a retry may bring."""
-NOT_ASKED = "NotAsked"
 ABOUT_A_TURN = 8
 """Tokens that a conversation has around question and answer, about."""
 

@@ -28,6 +28,10 @@ KEEP = "keep."
 ERROR = pa.struct([("stage", pa.string()), ("class", pa.string()), ("message", pa.string())])
 """A RowError on its way to the answer table; null when all is well."""
 
+EARLIER_FAILED, NOT_ASKED = "EarlierFailed", "NotAsked"
+"""`error_class` of what is skipped: for want of an answer that failed, which a retry may bring; or
+because its condition does not hold, or an answer that it looks at was not asked for."""
+
 SHARD = (
     pa.field("source_uri", pa.string()),
     pa.field("shard_identity", pa.string()),

@@ -442,11 +442,13 @@ QUESTIONS = (Question("q1", "?"), Question("q2", "?"))
     ],
 )
 def test_a_source_row_calls_for(sample: Sample, ids: list[str | None]) -> None:
-    once = {"caption": 1, "questions": 1, "last": 1}
-    assert answer_ids(sample, samples=once) == [(each, 0) for each in ids]
-    several = {"caption": 3, "questions": 2, "last": 1}
-    assert answer_ids(sample, samples=several) == [
-        (each, number)
+    once = dict.fromkeys(["caption", "questions", "last"], (1, 1))
+    assert answer_ids(sample, asked=once) == [(each, 0, 0) for each in ids]
+    several = {"caption": (2, 3), "questions": (1, 2), "last": (4, 1)}
+    assert answer_ids(sample, asked=several) == [
+        (each, turn, number)
         for each in ids
-        for number in range(1 if each is None else several.get(each, 2))
+        for turns, samples in [(1, 1) if each is None else several.get(each, (1, 2))]
+        for turn in range(turns)
+        for number in range(samples)
     ]
