@@ -318,13 +318,20 @@ class TestOnTwoCores:
         assert verify(rest).ok
         assert verify(trial).ok
 
-    def test_samples_and_choices_are_the_same_for_any_actors_batches_and_after_a_resume(
+    def test_samples_choices_and_talks_are_the_same_for_any_actors_batches_and_after_a_resume(
         self, tmp_path: Path
     ) -> None:
         write_shapes(tmp_path / "in", shards=2, images=5)
         ask = [
             {"id": "caption", "prompt": "Describe the image.", "temperature": 2.0, "n": 5},
             {"from": "questions", "choices": ["red", "green", "blue", "brown"]},
+            {"id": "shape", "prompt": "what shape is in the image?"},
+            {"id": "talk", "turns": ["what shape is present?", "what color is the shape?"]},
+            {
+                "id": "blue",
+                "prompt": "is there a blue {{ answers.shape }} in {{ __key__ }}?",
+                "when": "shape != 'circle'",
+            },
         ]
         whole = job_of(tmp_path / "in", tmp_path / "out", ask=ask)
         alone = answered_here(whole)
@@ -335,9 +342,13 @@ class TestOnTwoCores:
         )
         resources = whole.resources.model_copy(update={"generate": generate})
         result, _ = run(whole.model_copy(update={"resources": resources}))
-        assert sum(result.record["new"].values()) == 7 * 6
+        assert sum(result.record["new"].values()) == 7 * (6 + 4)
         assert said(answers(tmp_path / "out")) == said(alone)
         assert len({row["answer"] for row in alone}) > 20
+        skipped = {row["answer"] for row in alone if row["question_id"] == "shape"} - {None}
+        assert {row["status"] for row in alone if row["question_id"] == "blue"} == (
+            {"ok", "skipped"} if "circle" in skipped else {"ok"}
+        )
         assert verify(whole).ok
 
     def test_a_run_that_can_no_longer_be_good_enough_ends_early(self, tmp_path: Path) -> None:
