@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -292,6 +293,31 @@ def test_a_row_that_does_not_fit_alone_fails_and_its_siblings_do_not(llama: Know
     llama.check(engine, groups_of([1], random.Random(1)))
 
 
+@pytest.mark.parametrize("place", [0, 3, 12])
+@pytest.mark.parametrize("longest", [1, 9])
+def test_nothing_is_left_of_a_request_whose_row_does_not_fit(
+    llama: Known, place: int, longest: int
+) -> None:
+    """Wherever it stands among more rows than there is room for, at work or over at once."""
+    engine = llama.engine(slots=2)
+    Scarce(engine, tokens=70, images=4, error=OUT_OF_MEMORY[0])
+    prefix = llama.requests([[0]])[0].prefix
+    branches = [Branch((100 + n, 7), longest) for n in range(12)]
+    alone = [llama.engine().submit([Request(prefix, [each])])[0] for each in branches]
+    branches.insert(place, Branch([5] * 71, 2))
+    [outcomes] = engine.submit([Request(prefix, branches)])
+    assert isinstance(outcomes.pop(place), DeviceOutOfMemory)
+    for answer, [known] in zip(outcomes, alone, strict=True):
+        assert isinstance(answer, Answer)
+        assert isinstance(known, Answer)
+        assert answer.token_ids == known.token_ids
+    for _ in range(500):
+        if not engine._has_work():
+            return
+        time.sleep(0.01)
+    pytest.fail("the engine is still at work, and nobody waits for it")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_an_allocation_that_really_fails_fails_its_row_only() -> None:
     """Short prompts are answered as without a limit, beside the long one and after it."""
@@ -433,6 +459,7 @@ def test_prompts_without_an_image_are_answered(llama: Known) -> None:
     outcomes = engine.submit(
         [Request(Prefix([]), [Branch(ids, 4)]), Request(Prefix(ids[:3]), [Branch(ids[3:], 4)] * 2)]
     )
+    outcomes += llama.engine().submit([Request(Prefix([]), [Branch(ids, 4)] * 3)])
     whole = llama.model.generate(
         input_ids=torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=list(EOS)
     )
