@@ -35,6 +35,7 @@ from schemas.errors import (
 )
 from tests.engine_cases import EOS, alone, cases_of, check, request_of
 from tests.models import tiny_model, tiny_processor
+from tests.turns import Asking, talk
 
 IMAGES, QUESTIONS = 4, 12
 SHAPES: dict[str, dict[str, Any]] = {
@@ -126,6 +127,13 @@ def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
     known.check(known.engine(slots=8, eager=True), groups)
 
 
+def turns_of(engine: SlotsEngine, requests: Sequence[Request]) -> list[Any]:
+    """What is said in conversations about the images of requests."""
+    askings = [Asking(each, [talk(random.Random(n), 3) for n in range(3)]) for each in requests]
+    outcomes = engine.submit([asking.request for asking in askings])
+    return [[each.token_ids for each in of_image] for of_image in outcomes]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++, which is not here")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_text_model_gives_the_same(llama: Known) -> None:
@@ -134,6 +142,8 @@ def test_a_compiled_text_model_gives_the_same(llama: Known) -> None:
     llama.check(engine, groups_of([6, 1, 3, 1, 2], random.Random(0)))
     llama.check(engine, groups_of([1] * 7, random.Random(1)))
     llama.check(engine, groups_of([1], random.Random(2)))
+    said = [turns_of(each, llama.requests([[0], [1, 5]])) for each in (engine, llama.engine())]
+    assert said[0] == said[1]
     assert counters["stats"]["unique_graphs"] == compiled + 1, "a number of tokens was compiled"
 
 

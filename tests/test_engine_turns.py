@@ -48,29 +48,32 @@ def llama() -> Known:
 
 
 KINDS = ["slots", "plain"]
+ROOMS = [("slots", 3), ("slots", 40), ("plain", 7)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("room", [3, 40])
+@pytest.mark.parametrize(("kind", "room"), ROOMS)
 def test_every_turn_equals_generate_on_the_whole_conversation(
     known: Known, kind: str, room: int
 ) -> None:
-    askings = [*mixed(known, random.Random(room)), *mixed(known, random.Random(0))]
+    askings = [*mixed(known, random.Random(0)), *mixed(known, random.Random(0))]
     random.Random(room).shuffle(askings)
     known.check_all(known.engine(kind, room=room), askings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("room", [3, 12])
+@pytest.mark.parametrize(("kind", "room"), ROOMS)
 def test_whatever_follows_from_an_answer_equals_generate(
     known: Known, kind: str, room: int
 ) -> None:
-    rng = random.Random(room)
+    rng = random.Random(7)
     askings = [
         Asking(image, [tree(rng, 3) for _ in range(rng.randint(1, 3))])
         for image in (*known.images, *known.images)
     ]
     known.check_all(known.engine(kind, room=room), askings)
+
+
+def test_attention_by_matrix_products_gives_the_same_turns(known: Known) -> None:
+    known.check_all(known.engine(room=8, eager=True), list(mixed(known, random.Random(0))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +112,7 @@ def check_idle(engine: SlotsEngine) -> None:
     pytest.fail("the engine is still at work, and nobody waits for it")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_turn_does_not_depend_on_what_else_is_in_flight(llama: Known, data: Any) -> None:
     drawn = data.draw(
@@ -145,10 +148,10 @@ QUESTIONS = asked(GIVEN, asked(GIVEN, asked()))
 
 @pytest.mark.parametrize("guess", GUESSES)
 def test_a_wrong_guess_of_what_follows_costs_time_only(
-    known: Known, guess: Callable[[int], int]
+    llama: Known, guess: Callable[[int], int]
 ) -> None:
-    engine = known.engine(room=4)
-    known.check_all(engine, list(mixed(known, random.Random(1), guess=guess)))
+    engine = llama.engine(room=4)
+    llama.check_all(engine, list(mixed(llama, random.Random(0), guess=guess)))
     check_idle(engine)
 
 
@@ -164,12 +167,11 @@ def test_each_token_of_a_conversation_is_read_once(known: Known) -> None:
     assert sum(counted.passes) == last.prompt_tokens + last.output_tokens - 1
 
 
-@pytest.mark.parametrize("room", [8, 40])
-def test_each_token_of_many_conversations_is_read_once(known: Known, room: int) -> None:
-    engine = known.engine(room=room)
+def test_each_token_of_many_conversations_is_read_once(known: Known) -> None:
+    engine = known.engine(room=8)
     counted = Counted(engine)
     askings = [
-        Asking(image, [talk(random.Random(n), 3) for n in range(4)]) for image in known.images
+        Asking(image, [talk(random.Random(n), 3) for n in range(2)]) for image in known.images
     ]
     known.check_all(engine, askings)
     assert sum(counted.passes) == sum(asking.tokens_read for asking in askings)
@@ -227,7 +229,7 @@ def test_several_that_continue_one_answer_read_what_is_their_own(known: Known) -
 def test_continuing_in_little_room_is_read_again_where_the_row_is_gone(known: Known) -> None:
     rng = random.Random(7)
     follow = [Question(words(rng), 6, [Question(words(rng))]) for _ in range(4)]
-    askings = [Asking(image, [Question(words(rng), 6, follow)]) for image in known.images]
+    askings = [Asking(image, [Question(words(rng), 6, follow)]) for image in known.images[:2]]
     engine = known.engine(room=3)
     known.check_all(engine, askings)
     check_idle(engine)
@@ -267,7 +269,7 @@ def test_calls_from_several_threads_grow_each_their_own(llama: Known) -> None:
     def ask(seed: int) -> None:
         try:
             if seed % 3:
-                llama.check_all(engine, list(mixed(llama, random.Random(seed))))
+                llama.check_all(engine, list(mixed(llama, random.Random(seed // 3))))
             else:
                 with pytest.raises(KeyError, match="no such turn"):
                     engine.submit([failing(llama, random.Random(seed))])
@@ -289,7 +291,7 @@ def test_calls_from_several_threads_grow_each_their_own(llama: Known) -> None:
 def test_what_does_not_fit_is_halved_and_turns_stay_the_same(known: Known) -> None:
     engine = known.engine()
     counted = Counted(engine, room=60)
-    known.check_all(engine, list(mixed(known, random.Random(2))))
+    known.check_all(engine, list(mixed(known, random.Random(0))))
     assert max(counted.passes) <= 60
     check_idle(engine)
 
@@ -297,7 +299,7 @@ def test_what_does_not_fit_is_halved_and_turns_stay_the_same(known: Known) -> No
 def test_memory_that_runs_out_at_the_logits_continues_nothing_twice(llama: Known) -> None:
     engine = llama.engine()
     Counted(engine).fails_at_logits = True
-    llama.check_all(engine, list(mixed(llama, random.Random(3))))
+    llama.check_all(engine, list(mixed(llama, random.Random(0))))
     check_idle(engine)
 
 
@@ -335,16 +337,15 @@ def test_a_turn_that_does_not_fit_alone_fails_and_its_siblings_do_not(known: Kno
 
 
 @pytest.mark.parametrize("room", [4, 30])
-def test_logits_that_are_not_finite_fail_their_turn_only(known: Known, room: int) -> None:
+def test_logits_that_are_not_finite_fail_their_turn_only(llama: Known, room: int) -> None:
     """The guilty one's keys are gone, too, when its place is used again."""
-    engine = known.engine(room=room, broken=BROKEN)
-    askings = [Asking(image, siblings(Question((70, BROKEN)))) for image in known.images]
-    for _ in range(2):
+    engine = llama.engine(room=room, broken=BROKEN)
+    for guilty in (Question((BROKEN,)), Question((120, BROKEN))):
+        askings = [Asking(image, siblings(guilty)) for image in llama.images[:2]]
         engine.submit([asking.request for asking in askings])
         for asking in askings:
-            check_but(known, asking, NonFiniteLogits, lambda b: BROKEN in b.token_ids)
-        known.check_all(engine, list(mixed(known, random.Random(4))))
-        askings = [Asking(each, siblings(Question((BROKEN,)))) for each in known.images]
+            check_but(llama, asking, NonFiniteLogits, lambda b: BROKEN in b.token_ids)
+        llama.check_all(engine, list(mixed(llama, random.Random(0))))
 
 
 def test_a_turn_beyond_the_context_or_the_budget_fails_alone(llama: Known) -> None:
