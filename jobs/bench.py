@@ -193,11 +193,14 @@ def _told(work: Workload) -> dict[str, Any]:
 
 def ran_against(subject: Subject, *, compiled: bool = False) -> dict[str, Any]:
     """What it ran against."""
-    model = subject.model
+    return ran_with(subject.name, subject.dtype, subject.model, compiled=compiled)
+
+
+def ran_with(name: str, dtype: str, model: Any, *, compiled: bool = False) -> dict[str, Any]:
     return {
-        "model": subject.name,
+        "model": name,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "dtype": subject.dtype,
+        "dtype": dtype,
         "attention": model.config._attn_implementation,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "cpu": _cpu(),

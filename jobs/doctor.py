@@ -6,6 +6,8 @@
     trials      questions of all lengths, packed, against transformers' `generate` on each prompt
                 alone; other dtypes, attentions and quantizations (`doctor_trials.py`)
 
+    the slow path is looked at by `doctor_alone.py`
+
 A checkpoint that is wrong so far is not tried further. `doctor_text.py` tells the same to people.
 """
 
@@ -21,9 +23,9 @@ from jobs.findings import Finding
 from jobs.race import Say
 from jobs.subject import Subject, load_subject
 from jobs.workload import Workload, noise
-from pipeline.engine.checkpoint import open_checkpoint
+from pipeline.engine.checkpoint import check_model, open_checkpoint
 from pipeline.engine.choose import why_plain
-from pipeline.engine.load import device_of, own_padding_side
+from pipeline.engine.load import device_of, load_family, own_padding_side
 from pipeline.engine.memory import available_bytes
 from schemas.errors import JobError, PromptError, SpecError
 from schemas.job import ModelSpec
@@ -70,6 +72,10 @@ class Doctor:
 
     def examine(self) -> None:
         self.say("loading")
+        check_model(self.spec)
+        if (why := load_family(self.spec).why_slow) is not None:
+            self.alone(why)
+            return
         subject = load_subject(self.spec)
         self.findings += look_over(self.spec, subject)
         if any(finding.state == "wrong" for finding in self.findings):
@@ -87,6 +93,22 @@ class Doctor:
         self.dtypes(trials, own, said, quantized)
         self.attentions(trials, own, said)
 
+    def alone(self, why: str) -> None:
+        """A model on the slow path: nothing is packed, and little can go wrong."""
+        from jobs.doctor_alone import Patient
+
+        patient = Patient(self.spec)
+        findings, report = patient.look_over(why)
+        self.findings += findings
+        self.report |= report
+        needed = int(FLOAT32_BYTES * report["ran"]["parameters"])
+        if (finding := _too_large(needed, available_bytes(device_of(self.spec)))) is not None:
+            self.findings.append(finding)
+            return
+        self.say("the engine against generate, in float32")
+        self.report["exact"] = patient.exact()
+        self.findings.append(_exactness(self.report["exact"]))
+
     def describe(self, subject: Subject, work: Workload) -> None:
         """What it is, which engine it gets, and what its answers take."""
         why = why_plain(subject.model)
@@ -101,13 +123,8 @@ class Doctor:
 
     def exact(self, trials: Trials, needed: int, available: int) -> list[Tokens] | None:
         """Gives what was said, where it could be tried."""
-        about = "answers"
-        if needed > available:
-            told = (
-                f"not compared in float32: that takes about {needed / 1e9:.0f} GB, and "
-                f"{available / 1e9:.0f} GB are free. Try it on a larger machine"
-            )
-            self.findings.append(Finding(about, "unknown", told))
+        if (finding := _too_large(needed, available)) is not None:
+            self.findings.append(finding)
             return None
         self.say("batches against single prompts, in float32")
         self.report["exact"], said = trials.exact()
@@ -159,17 +176,30 @@ class Doctor:
                 self.report["attention"][name] = trials.attention(name, dtype, said)
 
 
+def _too_large(needed: int, available: int) -> Finding | None:
+    if needed <= available:
+        return None
+    return Finding(
+        "answers",
+        "unknown",
+        f"not compared in float32: that takes about {needed / 1e9:.0f} GB, and "
+        f"{available / 1e9:.0f} GB are free. Try it on a larger machine",
+    )
+
+
 def _exactness(found: Report) -> Finding:
     answers, about = found["answers"], "answers"
+    is_packed = "others_in_a_small_room" in found
     if found["ok"]:
+        how = ", short and long ones packed together," if is_packed else ""
+        where = ", with much room and with little" if is_packed else ""
         return Finding(
             about,
             "ok",
-            f"{answers} answers, short and long ones packed together, are token for token what "
-            "transformers' generate gives for each prompt alone, in float32, with much room and "
-            "with little",
+            f"{answers} answers{how} are token for token what transformers' generate gives for "
+            f"each prompt alone, in float32{where}",
         )
-    other = max(len(found["different"]), found["others_in_a_small_room"])
+    other = max(len(found["different"]), found.get("others_in_a_small_room", 0))
     return Finding(
         about,
         "wrong",

@@ -5,7 +5,7 @@ started or written.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow as pa
 from jobs.prompts import check_prompts
 from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
-from pipeline.engine.checkpoint import check_model, open_checkpoint
+from pipeline.engine.checkpoint import check_model, family_of, open_checkpoint
 from pipeline.engine.grammar import check_schema
 from pipeline.engine.repair import repairs_of
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
@@ -106,8 +106,15 @@ def plan(job: JobSpec) -> Plan:
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
-    notes = [f"model {job.model.path}: {each}" for each in repairs_of(open_checkpoint(job.model))]
-    return Plan(job=job, shards=shards, keep=keep, fingerprint=fingerprint, notes=notes)
+    return Plan(job, shards, keep=keep, fingerprint=fingerprint, notes=list(_notes(job)))
+
+
+def _notes(job: JobSpec) -> Iterator[str]:
+    checkpoint = open_checkpoint(job.model)
+    for repair in repairs_of(checkpoint):
+        yield f"model {job.model.path}: {repair}"
+    if why := family_of(checkpoint).why_slow:
+        yield f"the model takes the slow path, one prompt at a time: {why}"
 
 
 def _pinned(job: JobSpec) -> JobSpec:

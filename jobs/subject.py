@@ -11,9 +11,10 @@ from PIL import Image
 from jobs.workload import LOOKED_AT, Vocabulary
 from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
 from pipeline.engine.family import ImageTokens
-from pipeline.engine.load import device_of, end_tokens, load_model, load_processor
+from pipeline.engine.load import device_of, end_tokens, load_family, load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized
 from pipeline.engine.reference import random_model, random_processor
+from schemas.errors import SpecError
 from schemas.job import ModelSpec
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Subject:
 def load_subject(spec: ModelSpec) -> Subject:
     """A checkpoint, as a job loads it. Raises SpecError."""
     check_model(spec)
+    if why := load_family(spec).why_slow:
+        raise SpecError(f"model {spec.path} takes the slow path, which is not measured: {why}")
     dtype = dtype_name(spec, open_checkpoint(spec))
     return _subject(spec.path, dtype, load_model(spec, device_of(spec)), load_processor(spec))
 

@@ -149,7 +149,7 @@ def _answer_of(row: Row) -> tuple[Any, ...]:
 
 def _is_failure(row: Row) -> bool:
     """One that was skipped for an answer that had failed has failed with it."""
-    return row["status"] == "failed" or row["error_class"] == EARLIER_FAILED
+    return bool(row["status"] == "failed" or row["error_class"] == EARLIER_FAILED)
 
 
 def _is_asked(question_id: str, units: Collection[str]) -> bool:

@@ -20,8 +20,9 @@ from jobs.doctor_trials import Trials, build_engine
 from jobs.subject import load_subject
 from jobs.workload import noise
 from pipeline.engine.request import Answer
+from pipeline.engine.sampling import Chooser
 from schemas.job import ModelSpec
-from tests.families import saved_kind
+from tests.families import saved_kind, saved_slow
 from tests.models import shared_checkpoint, tiny_model, tiny_processor, write_checkpoint
 
 Edit = Callable[[Path], None]
@@ -71,6 +72,25 @@ def test_a_model_of_tiles_is_whole(name: str) -> None:
     assert "at 1000 x 300 pixels" in finding.text
     assert doctor.report["engine"]["name"] == "slots"
     assert trials.exact()[0]["ok"]
+
+
+@pytest.mark.parametrize("build", ["own", "another"])
+def test_a_model_on_the_slow_path_is_said_to_be_and_compared(
+    build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if build == "another":
+        monkeypatch.setattr(Chooser, "choose", _second_likeliest)
+    report = examine(ModelSpec(path=str(saved_slow("Idefics3"))), say=quiet)
+    assert report["engine"]["name"] == "alone"
+    assert "Idefics3ForConditionalGeneration is none of Llava" in found(report, "engine")["text"]
+    assert report["exact"]["answers"] == 10
+    assert report["ok"] == report["exact"]["ok"] == (build == "own")
+    assert "slow path" in told(report)
+
+
+def _second_likeliest(self: Any, logits: torch.Tensor, saids: Any) -> Any:
+    token = int(logits[0].topk(2).indices[1])
+    return torch.tensor([token]), [[float(token), -1.0]]
 
 
 def test_a_processor_that_counts_other_tiles_than_the_model_is_named(tmp_path: Path) -> None:

@@ -190,6 +190,12 @@ def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> Non
     check_tokens(checkpoint)
     _check_attention(spec, checkpoint)
     check_installed(spec.quantization)
+    why = family_of(checkpoint).why_slow
+    if why is not None and spec.quantization != "none":
+        raise SpecError(
+            f"model.quantization is {spec.quantization}, but which layers of {checkpoint.path} "
+            f"would bear it is not known: {why}. Set it to none"
+        )
 
 
 def _check_config(checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.engine.request import Engine
+from schemas.errors import SpecError
 from schemas.job import GenerateResources
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ def engine_of(  # noqa: PLR0913 (all but the model by name)
     if table is None:
         from pipeline.engine.alone import AloneEngine
 
+        if resources.compile:
+            raise SpecError(
+                "resources.generate.compile: a model that is asked through its own generate is "
+                "not compiled: set it to false"
+            )
         return AloneEngine(model, processor=processor, eos_token_ids=eos_token_ids)
     if why_plain(model, attention=attention) is None:
         from pipeline.engine.slots import SlotsEngine

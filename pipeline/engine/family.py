@@ -49,6 +49,15 @@ class Family:
     has_tiles: bool = False
     is_fast: bool = True
 
+    @property
+    def why_slow(self) -> str | None:
+        """Null where it is not."""
+        if self.is_fast:
+            return None
+        return (
+            f"{self.architecture} is none of {', '.join(f.architecture for f in FAMILIES.values())}"
+        )
+
     def model_class(self) -> Any:
         return _class(self.architecture)
 
