@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from PIL import Image
 from rich.console import Console
 
 from jobs.bench import Bench, build_engine, ran_against
 from jobs.load import build_spec
-from jobs.photos import write_shards
+from jobs.photos import SIZE, write_shards
 from jobs.quick import CAPTION_PROMPT
 from jobs.race import Say
 from jobs.run import run_job
 from jobs.subject import Subject, load_subject, save_random
 from jobs.workload import noise
+from pipeline.engine.pixels import resized
 from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.parts import ANSWERS
 from pipeline.tokenise import Tokeniser
@@ -119,7 +121,8 @@ def _pipeline(
 def _alone(bench: Bench, subject: Subject, job: JobSpec, say: Say) -> float:
     """Answers a second of the engine fed from memory, once it is warm."""
     engine = build_engine(subject, end_tokens=subject.end_tokens, resources=bench.resources)
-    images = noise(subject.image_shape, min(bench.images, IMAGES_ALONE), seed=bench.seed)
+    shape = resized(subject.processor, Image.new("RGB", SIZE)).shape
+    images = noise(shape, min(bench.images, IMAGES_ALONE), seed=bench.seed)
     engine.submit(list(_requests(subject, job, images[:2], look="warm-up")))
     requests = list(_requests(subject, job, images, look="timed"))
     start = time.perf_counter()
@@ -141,12 +144,12 @@ def _requests(
     branches = []
     for ask in job.ask:
         assert isinstance(ask, AskPrompt)
-        ids = tokeniser.ids(tokeniser.render(ask.prompt), (subject.tokens_per_image,))
+        ids = tokeniser.ids(tokeniser.render(ask.prompt), (tokeniser.image_tokens.of(SIZE),))
         split = len(ids) - ids[::-1].index(subject.vocabulary.image_token_id)
         branches.append(Branch(tuple(ids[split:]), job.decoding(ask).max_new_tokens))
     lead = tuple(ids[:split])
     for number, pixels in enumerate(images):
-        yield Request(Prefix(lead, [ImagePixels(pixels, f"{look} {number}")]), branches)
+        yield Request(Prefix(lead, [ImagePixels(pixels, f"{look} {number}", SIZE)]), branches)
 
 
 def _words(subject: Subject, number: int) -> str:

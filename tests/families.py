@@ -14,6 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -35,6 +40,7 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
     PhiConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -284,7 +290,44 @@ def paligemma() -> tuple[Any, Any]:
     return _drawn(PaliGemmaForConditionalGeneration, config), processor
 
 
-SLOW = {"Idefics3": idefics3, "PaliGemma": paligemma}
+def gemma3() -> tuple[Any, Any]:
+    """Sees an image in both directions, and is told by token types where one is."""
+    plain = tiny_tokenizer()
+    marks = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=marks,
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "<boi>"),
+    )
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        ),
+        text_config=Gemma3TextConfig(**{**_TEXT, "head_dim": 16, "sliding_window": 16}),
+        mm_tokens_per_image=4,
+        image_token_index=SPECIAL.index("<image>"),
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        tie_word_embeddings=False,
+    )
+    return _drawn(Gemma3ForConditionalGeneration, config), processor
+
+
+SLOW = {"Idefics3": idefics3, "PaliGemma": paligemma, "Gemma3": gemma3}
 
 
 @functools.cache

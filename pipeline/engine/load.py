@@ -71,9 +71,10 @@ def load_processor(spec: ModelSpec) -> "LlavaProcessor":
     check_fit(
         spec.path,
         processor.tokenizer.get_vocab(),
-        image_token=processor.image_token,
-        image_token_id=config.image_token_id,
-        embedded=config.text_config.vocab_size,
+        image_token=getattr(processor, "image_token", None),
+        # On the slow path, how a processor marks images is its own business.
+        image_token_id=config.image_token_id if load_family(spec).is_fast else None,
+        embedded=config.get_text_config().vocab_size,
     )
     return processor
 

@@ -7,13 +7,12 @@ loaded.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.family import FAMILIES
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     from pipeline.engine.checkpoint import Checkpoint
 
-MARKED = frozenset({"llava", "llava_next", "llava_onevision", "vipllava"})
-"""By model_type, those that have one token for an image, under the names that are looked for."""
 USUAL_IMAGE_TOKEN = "<image>"
 
 
@@ -22,7 +21,7 @@ def check_tokens(checkpoint: "Checkpoint") -> None:
 
     What transformers makes up while it loads a tokenizer is left to `check_fit`.
     """
-    if checkpoint.config.get("model_type") not in MARKED:
+    if checkpoint.config.get("model_type") not in FAMILIES:
         return
     stored = checkpoint.read_json("tokenizer.json")
     if not stored:
@@ -46,19 +45,20 @@ def check_fit(
     name: str,
     vocabulary: Mapping[str, int],
     *,
-    image_token: str,
+    image_token: str | None,
     image_token_id: int | None,
     embedded: int | None,
 ) -> None:
-    """`image_token_id`: the model's. `embedded`: how many tokens it embeds. Null: not known."""
-    found = vocabulary.get(image_token)
-    if found is None:
+    """`image_token`: the processor's; `image_token_id`: the model's. `embedded`: how many tokens it
+    embeds. Null: not known."""
+    found = None if image_token is None else vocabulary.get(image_token)
+    if image_token is not None and found is None:
         raise SpecError(
             f"model {name}: the tokenizer has no token {image_token!r}, which stands for the image "
             f"in a prompt: add it as a special token of id {image_token_id} (image_token_index of "
             "config.json)"
         )
-    if image_token_id is not None and found != image_token_id:
+    if found is not None and image_token_id is not None and found != image_token_id:
         raise SpecError(
             f"model {name}: the processor's image token {image_token!r} is {found}, config.json's "
             f"image_token_index {image_token_id}: bring them in line"

@@ -28,7 +28,7 @@ class WholeProcessor:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         token = getattr(processor, "image_token", None)
-        if token is None:
+        if token is None or getattr(processor, "image_token_id", None) is None:
             raise SpecError(
                 f"{type(processor).__name__} names no image_token, which stands for the image in "
                 "a prompt: its models are not supported"
@@ -80,7 +80,7 @@ class WholeProcessor:
             if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
                 if one.shape == other.shape and torch.equal(one, other):
                     continue
-                known = (torch.zeros_like, torch.ones_like, self._types)
+                known = (torch.zeros_like, torch.ones_like, *self._own_rules())
                 fitting = [
                     rule
                     for rule in known
@@ -95,10 +95,17 @@ class WholeProcessor:
             )
         return rules
 
+    def _own_rules(self) -> list[Rule]:
+        """Some processors need more than ids to tell."""
+        try:
+            self._types(torch.tensor([[0]]))
+        except (AttributeError, TypeError, IndexError):
+            return []
+        return [self._types]
+
     def _types(self, ids: torch.Tensor) -> torch.Tensor:
-        """1 where an image token is."""
-        image = torch.tensor([self._processor.image_token_id])
-        return torch.isin(ids, image).to(ids.dtype)
+        """What the processor itself makes of ids: 1 where they stand for an image, as a rule."""
+        return torch.tensor(self._processor.create_mm_token_type_ids(ids.tolist()))
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
