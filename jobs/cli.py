@@ -58,7 +58,7 @@ _jobs_api = click.option(
 )
 _quick = _options(
     _output,
-    click.option("--model", help="Hub id or local folder.  [default: the embedded model]"),
+    click.option("--model", help="Hub id, local folder or URL.  [default: the embedded model]"),
     click.option(
         "--format",
         type=click.Choice(["webdataset", "parquet", "images", "manifest"]),

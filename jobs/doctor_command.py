@@ -14,7 +14,7 @@ from jobs.exits import Status, print_result
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, model: str, revision: str | None, as_json: bool) -> None:
-    """Examine MODEL: a hub id, a local folder or `embedded`.
+    """Examine MODEL: a hub id, a local folder, a URL or `embedded`.
 
     Says whether answers are right whatever else is in the batch, what dtypes, attentions and
     quantizations work here, and what memory they take. Status 1 where something is wrong.

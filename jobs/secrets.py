@@ -15,6 +15,7 @@ PLACES = (
     ("source", "path"),
     ("source", "image_root"),
     ("source", "storage", "endpoint_url"),
+    ("model", "storage", "endpoint_url"),
     ("output", "path"),
     ("output", "storage", "endpoint_url"),
 )

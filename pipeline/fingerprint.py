@@ -32,10 +32,11 @@ NOT_DECIDING = frozenset({"model.safetensors.index.json", "README.md"})
 def model_fingerprint(job: JobSpec) -> dict[str, str]:
     """Named components, each a readable value or a hash, so that a refusal can say which differs.
 
-    Costs a read of the weights of a local folder; a hub id is known by its commit.
+    Costs a read of the weights of a local folder; a hub id is known by its commit, weights in a
+    store by their etags.
     """
     checkpoint = open_checkpoint(job.model)
-    pinned = checkpoint.commit
+    pinned = None if checkpoint.stored else checkpoint.commit
     columns = job.source.columns
     quantization = job.model.quantization
     return {
@@ -143,7 +144,7 @@ def _texts(checkpoint: Checkpoint) -> list[str]:
 
 def _code(checkpoint: Checkpoint) -> str:
     """The Python files that the checkpoint brings."""
-    if checkpoint.commit:
+    if checkpoint.commit and not checkpoint.stored:
         return f"commit {checkpoint.commit}"
     return _of_files(checkpoint, sorted(n for n in checkpoint.files if n.endswith(".py")))
 
@@ -171,5 +172,7 @@ def _content(checkpoint: Checkpoint, name: str) -> str:
     """A processor that is set right while it is loaded counts as one that was right."""
     if name == PROCESSOR_FILE and (right := repaired(checkpoint)) is not None:
         return hashlib.sha256(right).hexdigest()
+    if checkpoint.stored is not None and name in checkpoint.weights:
+        return checkpoint.stored.files[name].identity
     with checkpoint.open(name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -142,10 +142,18 @@ class ModelSpec(Spec):
 
     path: str = Field(
         EMBEDDED,
-        description="Hub id, local folder, or `embedded`: the small model inside the package, "
-        "which knows coloured shapes only.",
+        description="Hub id, local folder, URL of a folder in a store (downloaded once on each "
+        "machine), or `embedded`: the small model inside the package, which knows coloured shapes "
+        "only.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of a hub id; of a URL, the digest of its files that a "
+        "run has recorded.",
+    )
+    storage: StorageSpec = Field(
+        StorageSpec(), description="How to reach the model, where `path` is a URL."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="auto: the checkpoint's own (`embedded` runs in float32).",

@@ -67,8 +67,13 @@ def test_a_file_in_place_of_a_folder(folder):
     assert "name the folder" in refusal(folder / "config.json")
 
 
-def test_a_url():
-    assert "is a URL" in refusal("s3://bucket/model")
+def test_a_url_of_a_kind_that_nobody_knows():
+    assert "cannot open this kind of URL" in refusal("nonsense://bucket/model")
+
+
+def test_a_url_of_a_local_folder_is_that_folder(folder):
+    check_model(spec(folder.as_uri()))
+    assert open_checkpoint(spec(folder.as_uri())).path == str(folder)
 
 
 def test_a_folder_without_a_config(tmp_path):

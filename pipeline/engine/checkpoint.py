@@ -1,7 +1,8 @@
 """A checkpoint's files, before any weight is read: where they are and whether they will do.
 
-The same code serves the embedded model, a local folder and a hub id. It runs on the driver, so it
-imports neither torch nor transformers; what it cannot prove from the files, `load.py` proves.
+The same code serves the embedded model, a local folder, a hub id and a folder in a store. It runs
+on the driver, so it imports neither torch nor transformers; what it cannot prove from the files,
+`load.py` proves.
 """
 
 import functools
@@ -17,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from pipeline import embedded
 from pipeline.engine.family import FAMILIES, Family, family_named
 from pipeline.engine.quantization import check_installed
+from pipeline.engine.stored import StoredFolder, list_folder
 from pipeline.engine.tokens import check_tokens
 from pipeline.engine.trust import check_code, check_pickles
+from pipeline.sources.uris import shown
+from pipeline.storage import filesystem, is_local
 from schemas.ask import GenerateSpec, default_of
 from schemas.errors import SpecError
 from schemas.job import EMBEDDED, ModelSpec
@@ -28,6 +32,9 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
+"""Ends of the names of files that are no weights and may matter."""
+OF_WEIGHTS = (".safetensors", ".bin")
 
 PLAIN_DECODING: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
@@ -62,21 +69,40 @@ ALSO_IN_GENERATE = {
 class Checkpoint:
     """The files of one checkpoint. `path` is a folder, or a hub id to be read at `revision`.
 
-    `commit`: the hub's commit that the files belong to, where they come from the hub.
+    `commit`: the hub's commit that the files belong to, where they come from the hub; of a folder
+    in a store (`stored`), the digest of its listing.
     """
 
     path: str
     revision: str | None
     files: frozenset[str]
     commit: str | None = None
+    stored: StoredFolder | None = None
 
     def open(self, name: str) -> Path:
-        """The file on this machine, downloaded first where the checkpoint is on the hub."""
+        """The file on this machine, downloaded first where the checkpoint is elsewhere."""
+        if self.stored is not None:
+            return self.stored.fetch(name)
         if self.revision is None:
             return Path(self.path) / name
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(self.path, name, revision=self.revision))
+
+    def fetched(self, *, weights: bool = False) -> str:
+        """What transformers is to load; what is wanted of a store's files is here then."""
+        if self.stored is None:
+            return self.path
+        wanted = [name for name in self.files if name.endswith(TEXTS)]
+        paths = [self.open(name) for name in (*wanted, *(self.weights if weights else ()))]
+        return str(paths[0].parent)
+
+    def dtypes(self, name: str) -> list[str]:
+        """Of each tensor of a safetensors file, as safetensors names them. Raises SpecError for a
+        broken file."""
+        if self.stored is not None:
+            return self.stored.dtypes(name)
+        return _header_dtypes(self.open(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The file's object, `{}` where there is no such file. Raises SpecError for bad JSON."""
@@ -120,14 +146,15 @@ def resolve(spec: ModelSpec) -> str:
 
 
 def open_checkpoint(spec: ModelSpec) -> Checkpoint:
-    """List the checkpoint's files. Raises SpecError where there is nothing to be found.
+    """List the checkpoint's files. Raises SpecError where there is nothing to be found, and
+    StoreUnavailable where a store does not answer.
 
     A hub id is pinned to the commit its revision names now. Without a network it is what the local
     cache holds of it.
     """
     path = resolve(spec)
     if "://" in path:
-        raise SpecError(f"model.path {path!r} is a URL: give a hub id or a local folder")
+        return _in_store(spec)
     if not Path(path).exists() and not path.startswith(("/", ".", "~")):
         return _on_hub(spec)
     if spec.revision:
@@ -144,6 +171,25 @@ def _local(path: str) -> Checkpoint:
     if not folder.is_dir():
         raise SpecError(f"model.path {path!r} is a file: name the folder that holds config.json")
     return Checkpoint(path, None, frozenset(f.name for f in folder.iterdir() if f.is_file()))
+
+
+def _in_store(spec: ModelSpec) -> Checkpoint:
+    if shown(spec.path) != spec.path:
+        raise SpecError(
+            f"model.path {shown(spec.path)!r} holds a password or a query: name the folder alone, "
+            "credentials come from the environment"
+        )
+    fs, inner = filesystem(spec.path, spec.storage)
+    if is_local(fs):
+        return _local(inner)
+    folder = list_folder(spec.path, spec.storage, suffixes=(*TEXTS, *OF_WEIGHTS))
+    revision = folder.revision
+    if spec.revision not in (None, revision):
+        raise SpecError(
+            f"model.path {spec.path!r} is at revision {revision} now, a digest of its files: it "
+            f"has changed since it was at {spec.revision}"
+        )
+    return Checkpoint(folder.url, None, frozenset(folder.files), commit=revision, stored=folder)
 
 
 def _on_hub(spec: ModelSpec) -> Checkpoint:
@@ -264,7 +310,7 @@ def _check_weights(checkpoint: Checkpoint) -> None:
         )
     if checkpoint.revision is None and not checkpoint.is_pickled:
         for name in weights:
-            _header_dtypes(checkpoint.open(name))
+            checkpoint.dtypes(name)
 
 
 def _check_texts(checkpoint: Checkpoint) -> None:
@@ -304,7 +350,7 @@ def dtype_name(spec: ModelSpec, checkpoint: Checkpoint) -> str:
             f"model {checkpoint.path}: config.json names no dtype, and pickled weights are not "
             "opened to see theirs: set model.dtype"
         )
-    stored = _header_dtypes(checkpoint.open(checkpoint.weights[0]))
+    stored = checkpoint.dtypes(checkpoint.weights[0])
     return next((SAFETENSORS_DTYPES[d] for d in stored if d in SAFETENSORS_DTYPES), "float32")
 
 
@@ -312,7 +358,6 @@ SAFETENSORS_DTYPES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "
 
 
 def _header_dtypes(path: Path) -> list[str]:
-    """The dtype of each tensor, as safetensors names them. Raises SpecError for a broken file."""
     try:
         with safe_open(path, framework="np") as file:
             return [file.get_slice(name).get_dtype() for name in sorted(file.keys())]

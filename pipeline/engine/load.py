@@ -43,7 +43,7 @@ def load_config(spec: ModelSpec) -> "LlavaConfig":
     with _quiet(), _faults_of(checkpoint):
         kind = AutoConfig if spec.trust_remote_code else family_of(checkpoint).config_class()
         config: LlavaConfig = kind.from_pretrained(
-            checkpoint.path, revision=checkpoint.revision, **trust.load_options(spec)
+            checkpoint.fetched(), revision=checkpoint.revision, **trust.load_options(spec)
         )
         return config
 
@@ -112,7 +112,7 @@ def _processor(spec: ModelSpec, **options: str) -> "LlavaProcessor":
         own = family_of(checkpoint).processor_class
         kind = AutoProcessor if spec.trust_remote_code else own()
         processor: LlavaProcessor = kind.from_pretrained(
-            checkpoint.path,
+            checkpoint.fetched(),
             revision=checkpoint.revision or "main",
             backend="pil",
             **trust.load_options(spec),
@@ -178,7 +178,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
         own = family_of(checkpoint).model_class
         kind = AutoModelForImageTextToText if spec.trust_remote_code else own()
         model, report = kind.from_pretrained(
-            checkpoint.path,
+            checkpoint.fetched(weights=True),
             revision=checkpoint.revision or "main",
             dtype=dtype,
             attn_implementation=None if spec.attention == "auto" else spec.attention,
