@@ -34,9 +34,9 @@ VOCABULARY = 49_216
 @functools.cache
 def smollm_checkpoint() -> Path:
     """Skips the test where the weights cannot be had."""
-    pytest.importorskip("gguf", reason="gguf is not installed: it reads SmolLM2's weights")
     folder = Path(sys.prefix) / ".cache" / "smollm2-llava"
     if not folder.exists():
+        pytest.importorskip("gguf", reason="gguf is not installed: it reads SmolLM2's weights")
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = _made(_downloaded(Path(scratch)), Path(scratch) / "made")
