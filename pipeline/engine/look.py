@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,14 +42,8 @@ class Looker:
     def look(self, prefixes: Iterable[Prefix]) -> None:
         """Look at images that nobody has looked at yet."""
         fresh = {i.sha256: i for p in prefixes for i in p.images if i.sha256 not in self._seen}
-        by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
-        for image in fresh.values():
-            by_shape.setdefault(image.pixels.shape, []).append(image)
-        for shape, images in by_shape.items():
-            tiles = shape[0] if len(shape) == TILES_DIMENSIONS else 1
-            at_once = max(1, IMAGES_AT_ONCE // tiles)
-            for start in range(0, len(images), at_once):
-                self._look(images[start : start + at_once])
+        for images in alike(fresh.values()):
+            self._look(images)
 
     def features(self, prefix: Prefix) -> torch.Tensor | GenerateError | None:
         """[tokens, hidden] for the image tokens of the prefix, or why there are none for it.
@@ -93,6 +87,18 @@ class Looker:
 
     def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
         return features_of(self._model, images, self._table)
+
+
+def alike(images: Iterable[ImagePixels]) -> Iterator[list[ImagePixels]]:
+    """Those with pixels of one shape, as many as the vision tower is given at once."""
+    by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
+    for image in images:
+        by_shape.setdefault(image.pixels.shape, []).append(image)
+    for shape, some in by_shape.items():
+        tiles = shape[0] if len(shape) == TILES_DIMENSIONS else 1
+        at_once = max(1, IMAGES_AT_ONCE // tiles)
+        for start in range(0, len(some), at_once):
+            yield some[start : start + at_once]
 
 
 def features_of(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from pipeline.engine.look import features_of, mismatch
+from pipeline.engine.look import alike, features_of, mismatch
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.padded import Row, decode_rows, score_rows
 from pipeline.engine.request import Branch, ImagePixels, Outcome, Prefix, Request
@@ -111,10 +111,7 @@ class PlainEngine:
         def give_up(image: ImagePixels, error: GenerateError) -> None:
             features[image.sha256] = error
 
-        by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
-        for image in distinct.values():
-            by_shape.setdefault(image.pixels.shape, []).append(image)
-        for images in by_shape.values():
+        for images in alike(distinct.values()):
             self._in_batches(images, look, give_up)
         return features
 
