@@ -1,15 +1,20 @@
 """Models of no family: the same job, through their own `generate`, one prompt at a time."""
 
+import copy
 import functools
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from pipeline.encode import Encode
+from pipeline.engine.alone import AloneEngine
 from pipeline.engine.checkpoint import check_model
 from pipeline.engine.load import load_model, load_processor
+from pipeline.engine.request import Answer, Branch, ImagePixels, Outcome, Prefix, Request
+from pipeline.engine.wholeprocessor import WholeProcessor
 from pipeline.generate import Generate
 from schemas.errors import SpecError
 from schemas.job import JobSpec
@@ -158,6 +163,30 @@ def test_what_is_drawn_is_the_same_every_time_and_not_the_likeliest(known: Known
 
 def _told(answers: Answers) -> dict[tuple[int, str], tuple[str, float]]:
     return {k: (a["answer"], a["mean_logprob"]) for k, a in answers.items() if a["status"] == "ok"}
+
+
+def test_what_follows_an_answer_is_asked_too(known: Known) -> None:
+    """As the turns of a talk would be: each goes on from all that was said before."""
+    whole, image = WholeProcessor(known.processor), IMAGES[0]
+    first = tuple(whole.ids(f"{known.processor.image_token}\nWhat?", image))
+    asked: list[Branch] = [Branch(first, 4), Branch(first, 3)]
+
+    def grow(number: int, outcome: Outcome) -> list[Branch]:
+        assert isinstance(outcome, Answer)
+        if number:
+            return []
+        ids = (*first, *outcome.token_ids, *first[-3:])
+        asked.append(Branch(ids, 4, continues=0))
+        return asked[-1:]
+
+    pixels = np.frombuffer(whole.of_image(image), np.uint8)
+    prefix = Prefix((), [ImagePixels(pixels, "", image.size)])
+    model = copy.deepcopy(known.model)
+    engine = AloneEngine(model, processor=known.processor, eos_token_ids=())
+    [grown] = engine.submit([Request(prefix, asked[:2], grow)])
+    [apart] = engine.submit([Request(prefix, asked)])
+    assert len(grown) == 3
+    assert grown == apart
 
 
 def test_an_image_that_cannot_be_decoded_fails_its_questions(known: Known) -> None:

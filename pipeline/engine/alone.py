@@ -8,6 +8,7 @@ are forced, token for token: not every model reads an answer as it reads a promp
 
 import math
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,16 @@ class AloneEngine:
     def submit(self, requests: Sequence[Request]) -> list[list[Outcome]]:
         """One outcome for each branch of each request, in their order."""
         with self._lock, torch.inference_mode():
-            return [[self._outcome(r.prefix, branch) for branch in r.branches] for r in requests]
+            return [self._outcomes(request) for request in requests]
+
+    def _outcomes(self, request: Request) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        waiting = deque(request.branches)
+        while waiting:
+            outcomes.append(self._outcome(request.prefix, waiting.popleft()))
+            if request.grow is not None:
+                waiting += request.grow(len(outcomes) - 1, outcomes[-1])
+        return outcomes
 
     def _outcome(self, prefix: Prefix, branch: Branch) -> Outcome:
         try:
