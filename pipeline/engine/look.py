@@ -176,7 +176,8 @@ def mismatch(n_tokens: int, n_features: int) -> TokenFeatureMismatch:
     else:
         remedy = (
             "check patch_size in processor_config.json against vision_config.patch_size, then "
-            "num_additional_image_tokens and vision_feature_select_strategy"
+            "num_additional_image_tokens and vision_feature_select_strategy (of LLaVA-OneVision, "
+            "num_image_tokens and vision_aspect_ratio)"
         )
     return TokenFeatureMismatch(
         f"the prompt has {n_tokens} image tokens, the model gives {n_features} features: {remedy}"
