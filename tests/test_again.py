@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from pipeline.again import Missing
 from pipeline.coverage import END, Ranges
-from pipeline.footer import NULL_QUESTION
+from pipeline.footer import NULL_QUESTION, Fingerprint
 from pipeline.parts import read_part
 from pipeline.sources.base import Shard
 from schemas.job import StorageSpec
-from tests.answered import IDENTITY, end, failed, row
+from schemas.tables import EARLIER_FAILED, NOT_ASKED
+from tests.answered import FINGERPRINT, IDENTITY, end, failed, row
 from tests.committing import Run
 from tests.s3 import S3Server
 
@@ -195,6 +196,57 @@ def test_samples_of_a_question_are_replaced_one_by_one(tmp_path: Path) -> None:
     run.table.finish()
     found = [(r["sample_number"], r["answer"], r["attempts"]) for r in rows_of(run)]
     assert found == [(0, "first 0", 1), (1, "second 1", 2), (2, "first 2", 1)]
+
+
+def skipped(index: int, ids: list[str | None], **columns: Any) -> list[dict[str, Any]]:
+    reason = {"error_stage": "prompt", "error_message": "an answer is missing"}
+    return row(index, ids, **{"status": "skipped", "answer": None, **reason, **columns})
+
+
+def test_what_was_skipped_for_a_failed_answer_is_answered_again_with_it(tmp_path: Path) -> None:
+    """Turn by turn; what was not asked for another reason stays as it is."""
+    units = ["animal", "breed", "other", "talk"]
+    run = Run(tmp_path, fingerprint=Fingerprint(FINGERPRINT.model, dict.fromkeys(units, "q1")))
+    run.write(
+        of_one_row(
+            failed(0, ["animal"], units=units, error_class="NonFiniteLogits"),
+            skipped(0, ["breed"], units=units, error_class=EARLIER_FAILED),
+            skipped(0, ["other"], units=units, error_class=NOT_ASKED),
+            row(0, ["talk"], units=units, turn=0, answer="first"),
+            failed(0, ["talk"], units=units, turn=1, error_class="PromptTooLong"),
+            skipped(0, ["talk"], units=units, turn=2, error_class=EARLIER_FAILED),
+        ),
+        of_one_row(
+            *(row(1, [unit], units=units) for unit in units[:3]),
+            *(row(1, ["talk"], units=units, turn=turn) for turn in range(3)),
+        ),
+        end(2),
+    )
+    run.table.finish()
+    found = missing(run)
+    assert [indexes(found, unit) for unit in units] == [[0], [0], [], [0]]
+    of_class = missing(run, "NonFiniteLogits")
+    assert [indexes(of_class, unit) for unit in units] == [[0], [0], [], [0]]
+    assert missing(run, "ImageMissing") is None
+    asked = ["animal", "breed", "talk"]
+    run.write(
+        of_one_row(
+            *(again(0, [unit], units=asked, answer="second") for unit in asked[:2]),
+            *(again(0, ["talk"], units=asked, turn=t, answer="second") for t in range(3)),
+        ),
+        again=True,
+    )
+    run.table.finish()
+    rows = [r for r in rows_of(run) if r["source_index"] == 0]
+    assert [(r["question_id"], r["turn"], r["answer"], r["attempts"]) for r in rows] == [
+        ("animal", 0, "second", 2),
+        ("breed", 0, "second", 2),
+        ("other", 0, None, 1),
+        ("talk", 0, "first", 1),
+        ("talk", 1, "second", 2),
+        ("talk", 2, "second", 2),
+    ]
+    assert missing(run) is None
 
 
 def test_answers_of_questions_added_later_lie_in_other_files(tmp_path: Path) -> None:
