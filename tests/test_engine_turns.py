@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine import live, prefill, prompts
-from pipeline.engine.request import Answer, Branch, Outcome, Prefix, Request
+from pipeline.engine.request import Answer, Branch, Decoding, Outcome, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import (
     DeviceOutOfMemory,
@@ -98,6 +98,21 @@ def failing(known: Known, rng: random.Random) -> Request:
     return Request(asking.prefix, asking.branches, grow)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_raises_is_not_told_anything_more(llama: Known, kind: str) -> None:
+    """What there can be no room for is over before anything is read."""
+    told: list[int] = []
+
+    def grow(number: int, outcome: Outcome) -> Sequence[Branch]:
+        told.append(number)
+        raise KeyError("no such turn")
+
+    branches = [Branch((70,) * count, 3) for count in (5, 480, 480, 6)]
+    with pytest.raises(KeyError, match="no such turn"):
+        llama.engine(kind, room=2).submit([Request(llama.images[0].prefix, branches, grow)])
+    assert len(told) == 1
+
+
 # Of slots alone
 
 
@@ -153,6 +168,7 @@ def test_a_wrong_guess_of_what_follows_costs_time_only(
     engine = llama.engine(room=4)
     llama.check_all(engine, list(mixed(llama, random.Random(0), guess=guess)))
     check_idle(engine)
+    assert engine._live.size.tokens <= engine._room._tokens
 
 
 def test_each_token_of_a_conversation_is_read_once(known: Known) -> None:
@@ -285,6 +301,21 @@ def test_calls_from_several_threads_grow_each_their_own(llama: Known) -> None:
     check_idle(engine)
 
 
+def test_what_is_at_work_for_a_request_that_raises_is_dropped(llama: Known) -> None:
+    engine = llama.engine()
+    counted = Counted(engine)
+
+    def grow(number: int, outcome: Outcome) -> Sequence[Branch]:
+        raise KeyError("no such turn")
+
+    long = [Branch((70, n), 300, Decoding(min_new_tokens=300)) for n in range(100, 103)]
+    branches = [Branch((70, 71), 2), *long]
+    with pytest.raises(KeyError, match="no such turn"):
+        engine.submit([Request(llama.images[0].prefix, branches, grow)])
+    check_idle(engine)
+    assert len(counted.passes) == 2
+
+
 # Degrading
 
 
@@ -346,6 +377,23 @@ def test_logits_that_are_not_finite_fail_their_turn_only(llama: Known, room: int
         for asking in askings:
             check_but(llama, asking, NonFiniteLogits, lambda b: BROKEN in b.token_ids)
         llama.check_all(engine, list(mixed(llama, random.Random(0))))
+
+
+def test_what_continues_a_broken_answer_has_none_of_its_keys(llama: Known) -> None:
+    """Whatever looks as far as they were."""
+    asking = Asking(llama.images[0], [Question((120, 121, BROKEN, *range(122, 150)))])
+
+    long = Question((130,) * 60, 9).branch((130,) * 60, None, right)
+    asking.branches += [long, Branch((120, 121, 123), 9, continues=0)]
+
+    def grow(number: int, outcome: Outcome) -> Sequence[Branch]:
+        return asking.branches[2:] if isinstance(outcome, NonFiniteLogits) else []
+
+    request = Request(asking.prefix, asking.branches[:2], grow)
+    [found] = llama.engine(broken=BROKEN).submit([request])
+    assert isinstance(found[0], NonFiniteLogits)
+    for number in (1, 2):
+        llama.check_one(asking, number, found[number])
 
 
 def test_a_turn_beyond_the_context_or_the_budget_fails_alone(llama: Known) -> None:

@@ -107,7 +107,7 @@ class SlotsEngine:
     def _refuse_impossible(self, job: Job) -> None:
         """Settle what there can never be room for."""
         for row in list(job.waiting):
-            if error := self._impossible(row):
+            if job.error is None and (error := self._impossible(row)):
                 job.waiting.remove(row)
                 self._settling.settle(row, error)
 
