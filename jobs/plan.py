@@ -15,6 +15,7 @@ from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
 from pipeline.engine.checkpoint import check_model, family_of, open_checkpoint
 from pipeline.engine.grammar import check_schema
+from pipeline.engine.placement import placed
 from pipeline.engine.repair import repairs_of
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
@@ -98,6 +99,7 @@ def plan(job: JobSpec) -> Plan:
         )
     source = open_source(job.source)
     shards = source.list()
+    job = placed(job)
     check_model(job.model, job.generate)
     for ask in job.ask:
         if ask.json_schema is not None:

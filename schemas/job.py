@@ -177,6 +177,13 @@ class ModelSpec(Spec):
         "Jinja chat template; null: the checkpoint's own, else the one that its text model was "
         "trained with.",
     )
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = Field(
+        None,
+        description="How the model is spread over the GPUs of one actor, as transformers' "
+        "`device_map`: by itself, or module by module (`{model.vision_tower: 0, ...}`). null: on "
+        "one device; with `resources.generate.gpus` above 1, auto. Such a model reads a prompt for "
+        "each question (`pip install 'lavaflow[device-map]'`).",
+    )
     allow_pickle: bool = Field(
         False,
         description="Load weights from `.bin` files where there are no safetensors. They are "
@@ -191,6 +198,15 @@ class ModelSpec(Spec):
     system_prompt: str | None = Field(
         None, description="Text put in front of every conversation, as the template renders it."
     )
+
+    @model_validator(mode="after")
+    def _spread_models_keep_their_weights(self) -> "ModelSpec":
+        if self.device_map is not None and self.quantization != "none":
+            raise ValueError(
+                f"model.device_map: does not go with model.quantization {self.quantization}: drop "
+                "one of them"
+            )
+        return self
 
 
 class OutputSpec(Spec):

@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.placement import home_of
 from pipeline.engine.request import Branch, Outcome, Prefix, Request, Score
 from pipeline.engine.said import Said, not_finite, take
 from pipeline.engine.sampling import Chooser
@@ -37,7 +38,7 @@ class AloneEngine:
             )
         self._model, self._eos = model, frozenset(eos_token_ids)
         self._whole = WholeProcessor(processor)
-        self._chooser = Chooser(eos=self._eos, device=model.device)
+        self._chooser = Chooser(eos=self._eos, device=home_of(model))
         self._lock = threading.Lock()
         # What is chosen, and when it is over, is decided here.
         for setting in ("eos_token_id", "temperature", "top_k", "top_p"):
@@ -92,7 +93,7 @@ class AloneEngine:
         if len(prefix.images) != 1:
             raise ValueError(f"{len(prefix.images)} images in a prompt: this engine takes one")
         found = self._whole.inputs(prompt, prefix.images[0].pixels.tobytes())
-        device, dtype = self._model.device, self._model.dtype
+        device, dtype = home_of(self._model), self._model.dtype
         return {
             name: each.to(device, dtype if each.is_floating_point() else each.dtype)
             for name, each in found.items()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline import embedded
 from pipeline.engine.family import FAMILIES, Family, family_named
+from pipeline.engine.placement import check_placement
 from pipeline.engine.quantization import check_installed
 from pipeline.engine.stored import StoredFolder, list_folder
 from pipeline.engine.tokens import check_tokens
@@ -236,6 +237,7 @@ def check_model(spec: ModelSpec, generate: GenerateSpec = GenerateSpec()) -> Non
     check_tokens(checkpoint)
     _check_attention(spec, checkpoint)
     check_installed(spec.quantization)
+    check_placement(spec)
     why = family_of(checkpoint).why_slow
     if why is not None and spec.quantization != "none":
         raise SpecError(

@@ -2,8 +2,8 @@
 
 slots   text models whose attention can be given to them as a function
 plain   attention scores that are capped, layers of other kinds, `model.attention:
-        flash_attention_2`; RoPE that depends on the longest prompt of a batch (dynamic,
-        longrope), one prompt after the other
+        flash_attention_2`; parts on several devices (`placement.py`); RoPE that depends on the
+        longest prompt of a batch (dynamic, longrope), one prompt after the other
 alone   models of no family (`family.py`), by their own `generate`
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.engine.placement import is_spread
 from pipeline.engine.request import Engine
 from schemas.errors import SpecError
 from schemas.job import GenerateResources
@@ -69,6 +70,8 @@ def why_plain(model: "LlavaForConditionalGeneration", *, attention: str = "auto"
     kinds = set(getattr(config, "layer_types", None) or SLOT_LAYERS)
     if attention == "flash_attention_2":
         return "model.attention is flash_attention_2"
+    if is_spread(model):
+        return "its parts lie on several devices (model.device_map)"
     if other := sorted(kinds - SLOT_LAYERS):
         return f"it has layers of {', '.join(other)}"
     if getattr(config, "attn_logit_softcapping", None):

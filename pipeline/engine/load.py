@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from pipeline.engine import quantization, trust
+from pipeline.engine import placement, quantization, trust
 from pipeline.engine.checkpoint import Checkpoint, dtype_name, family_of, open_checkpoint
 from pipeline.engine.family import Family
 from pipeline.engine.repair import UNSAID, Repair, repairs
@@ -156,7 +156,8 @@ def device_of(spec: ModelSpec) -> "torch.device":
 
 
 def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalGeneration":
-    """The model in eval mode, on `device`, in the dtype that `dtype_name` gives.
+    """The model in eval mode, on `device` or spread as the spec says, in the dtype that
+    `dtype_name` gives.
 
     Raises SpecError for weights that are missing or of another shape, which transformers would
     draw at random, for an attention kernel or a quantization that is not installed, and for weights
@@ -187,6 +188,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
             output_loading_info=True,
             **trust.load_options(spec),
             **quantization.load_options(spec.quantization, dtype=dtype, device=device),
+            **placement.load_options(spec),
         )
     if missing := sorted(report["missing_keys"]):
         raise SpecError(
@@ -194,7 +196,7 @@ def load_model(spec: ModelSpec, device: "torch.device") -> "LlavaForConditionalG
         )
     if spec.quantization != "none":
         quantization.finished(model, device=device, name=spec.path)
-    else:
+    elif spec.device_map is None:
         model.to(device)
     loaded: LlavaForConditionalGeneration = model.eval()
     return loaded

@@ -55,11 +55,11 @@ def score_rows(
     scored = [row.branch.scored for row in rows]
     hidden = model.model(
         inputs_embeds=inputs, attention_mask=mask, position_ids=_positions(mask), use_cache=False
-    ).last_hidden_state
+    ).last_hidden_state.to(mask.device)
     scores = scores_of(
         [row.branch for row in rows],
         torch.cat([states[-1 - count :] for states, count in zip(hidden, scored, strict=True)]),
-        logits_of=lambda states: model.lm_head(states).float(),
+        logits_of=lambda states: model.lm_head(states).to(states.device).float(),
         eos=eos,
         prompt_tokens=[row.said.prompt_tokens - row.branch.scored for row in rows],
     )
@@ -109,4 +109,4 @@ def decode_rows(
             tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
             running = [running[i] for i in alive]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        inputs = model.get_input_embeddings()(tokens[:, None])
+        inputs = model.get_input_embeddings()(tokens[:, None]).to(mask.device)

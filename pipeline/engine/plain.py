@@ -16,6 +16,7 @@ import torch
 from pipeline.engine.look import alike, features_of, mismatch
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.padded import Row, decode_rows, score_rows
+from pipeline.engine.placement import home_of
 from pipeline.engine.request import Branch, ImagePixels, Outcome, Prefix, Request
 from schemas.errors import DeviceOutOfMemory, GenerateError
 
@@ -82,7 +83,8 @@ class PlainEngine:
     ) -> None:
         self._model = model
         self._eos = frozenset(eos_token_ids)
-        self._table = torch.from_numpy(table).to(model.device)
+        self._home = home_of(model)
+        self._table = torch.from_numpy(table).to(self._home)
         self._batch_size = batch_size
         self._lock = threading.Lock()
 
@@ -139,15 +141,15 @@ class PlainEngine:
                 return feature
         tensors = [feature for feature in found if isinstance(feature, torch.Tensor)]
         token_ids = branch.token_ids
-        ids = torch.tensor(token_ids, device=self._model.device)
+        ids = torch.tensor(token_ids, device=self._home)
         is_image = ids == self._model.config.image_token_id
         n_tokens = token_ids.count(self._model.config.image_token_id)
         n_features = sum(len(feature) for feature in tensors)
         if n_tokens != n_features:
             return mismatch(n_tokens, n_features)
-        embeds: torch.Tensor = self._model.get_input_embeddings()(ids)
+        embeds: torch.Tensor = self._model.get_input_embeddings()(ids).to(self._home)
         if tensors:
-            embeds[is_image] = torch.cat(tensors).to(embeds.dtype)
+            embeds[is_image] = torch.cat(tensors).to(embeds)
         return embeds
 
     def _in_batches(
@@ -163,7 +165,7 @@ class PlainEngine:
             if self._fits(batch, run):
                 continue
             if len(batch) == 1:
-                give_up(batch[0], DeviceOutOfMemory(does_not_fit(self._model.device)))
+                give_up(batch[0], DeviceOutOfMemory(does_not_fit(self._home)))
             else:
                 half = (len(batch) + 1) // 2
                 waiting[:0] = [batch[:half], batch[half:]]
@@ -177,7 +179,7 @@ class PlainEngine:
                 raise
         else:
             return True
-        release_cached(self._model.device)
+        release_cached(self._home)
         return False
 
 
