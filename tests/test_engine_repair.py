@@ -11,11 +11,12 @@ from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
 from jobs.plan import plan
 from pipeline.engine.load import load_model, load_processor, processor_repairs
-from pipeline.engine.repair import repairs
+from pipeline.engine.repair import UNSAID, repairs
 from pipeline.fingerprint import model_fingerprint
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
 from tests.engine_cases import Case, alone, check, engine_for, request_of
+from tests.families import KINDS, saved_kind
 from tests.models import (
     PATCH,
     SIDE,
@@ -179,3 +180,18 @@ def test_a_run_says_what_is_set_right_before_it_begins(folder: Path) -> None:
     job = job_of("", out, source=source, ask=ask, model={"path": str(folder)})
     [note] = plan(job).notes
     assert "num_additional_image_tokens is missing; 1 is used" in note
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_familys_processor_is_set_right(tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(saved_kind(name), tmp_path / "checkpoint")
+    whole = load_processor(spec(folder))
+    prints = fingerprint(folder)
+    stored = json.loads((folder / FILE).read_text())
+    edit(folder / FILE, **{key: None for key in UNSAID if key in stored})
+    processor = load_processor(spec(folder))
+    assert fingerprint(folder) == prints
+    for size in ((40, 32), (90, 31)):
+        image = noise_image(1, width=size[0], height=size[1])
+        ids = [each(text=PROMPT, images=image)["input_ids"] for each in (processor, whole)]
+        assert ids[0] == ids[1]
