@@ -1,6 +1,6 @@
 """`lavaflow doctor`: whether a checkpoint works, whether its answers are right, and what it takes.
 
-    files       what can be told without weights (`checkpoint.py`)
+    files       what can be told without weights (`check.py`)
     processor   whether images and questions come out as the model reads them
                 (`doctor_processor.py`)
     trials      questions of all lengths, packed, against transformers' `generate` on each prompt
@@ -23,7 +23,8 @@ from jobs.findings import Finding
 from jobs.race import Say
 from jobs.subject import Subject, load_subject
 from jobs.workload import Workload, noise
-from pipeline.engine.checkpoint import check_model, open_checkpoint
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import open_checkpoint
 from pipeline.engine.choose import why_plain
 from pipeline.engine.load import device_of, load_family, own_padding_side
 from pipeline.engine.memory import available_bytes

@@ -13,7 +13,8 @@ import pyarrow as pa
 from jobs.prompts import check_prompts
 from pipeline.commit import AnswerTable
 from pipeline.coverage import Coverage
-from pipeline.engine.checkpoint import check_model, family_of, open_checkpoint
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import family_of, open_checkpoint
 from pipeline.engine.grammar import check_schema
 from pipeline.engine.placement import placed
 from pipeline.engine.repair import repairs_of

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from jobs.workload import LOOKED_AT, Vocabulary
-from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import dtype_name, open_checkpoint
 from pipeline.engine.family import ImageTokens
 from pipeline.engine.load import device_of, end_tokens, load_family, load_model, load_processor
 from pipeline.engine.pixels import pixel_table, resized

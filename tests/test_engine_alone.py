@@ -11,7 +11,7 @@ import torch
 
 from pipeline.encode import Encode
 from pipeline.engine.alone import AloneEngine
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.load import load_model, load_processor
 from pipeline.engine.request import Answer, Branch, ImagePixels, Outcome, Prefix, Request
 from pipeline.engine.wholeprocessor import WholeProcessor

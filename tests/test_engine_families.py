@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.encode import Encode
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.choose import why_plain
 from pipeline.engine.family import FAMILIES, ImageTokens
 from pipeline.engine.load import load_model, load_processor

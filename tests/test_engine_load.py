@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine.checkpoint import check_model, dtype_name, open_checkpoint, resolve
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import dtype_name, open_checkpoint, resolve
 from pipeline.engine.load import (
     device_of,
     load_config,
@@ -192,7 +193,7 @@ def test_a_home_folder_is_expanded(monkeypatch):
 
 def test_checking_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; from pipeline.engine.checkpoint import check_model; "
+        "import sys; from pipeline.engine.check import check_model; "
         "import pipeline.engine.load, pipeline.fingerprint; "
         "from schemas.job import ModelSpec; check_model(ModelSpec()); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray')))"

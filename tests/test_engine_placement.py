@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs.plan import plan
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.choose import engine_of, why_plain
 from pipeline.engine.load import load_model, load_processor
 from pipeline.engine.pixels import pixel_table

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from jobs.cli import main
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.choose import engine_of
 from pipeline.engine.load import load_model, load_processor
 from pipeline.engine.memory import weights_bytes

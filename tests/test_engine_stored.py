@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 
-from pipeline.engine.checkpoint import check_model, open_checkpoint
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import open_checkpoint
 from pipeline.engine.load import end_tokens, load_model, load_processor
 from schemas.errors import SpecError
 from schemas.job import ModelSpec

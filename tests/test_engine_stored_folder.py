@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from jobs.plan import plan
-from pipeline.engine.checkpoint import check_model, open_checkpoint
+from pipeline.engine.check import check_model
+from pipeline.engine.checkpoint import open_checkpoint
 from pipeline.engine.load import load_model, load_processor
 from pipeline.engine.stored import list_folder
 from pipeline.fingerprint import model_fingerprint

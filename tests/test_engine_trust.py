@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.load import load_config, load_model, load_processor
 from pipeline.fingerprint import model_fingerprint
 from schemas.errors import SpecError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.engine.checkpoint import check_model
+from pipeline.engine.check import check_model
 from pipeline.engine.load import end_tokens, load_model, load_processor
 from pipeline.engine.request import Branch, Prefix, Request
 from schemas.job import ModelSpec

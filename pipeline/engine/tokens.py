@@ -5,18 +5,16 @@ loaded.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.engine.checkpoint import Checkpoint
 from pipeline.engine.family import FAMILIES
 from schemas.errors import SpecError
-
-if TYPE_CHECKING:
-    from pipeline.engine.checkpoint import Checkpoint
 
 USUAL_IMAGE_TOKEN = "<image>"
 
 
-def check_tokens(checkpoint: "Checkpoint") -> None:
+def check_tokens(checkpoint: Checkpoint) -> None:
     """Raise SpecError for a tokenizer.json that cannot go with the model.
 
     What transformers makes up while it loads a tokenizer is left to `check_fit`.
@@ -72,7 +70,7 @@ def check_fit(
 
 
 def _vocabulary(
-    checkpoint: "Checkpoint", stored: Mapping[str, Any], settings: Mapping[str, Any]
+    checkpoint: Checkpoint, stored: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, int]:
     """Of all the places where transformers looks for tokens."""
     model = stored.get("model")
@@ -87,7 +85,7 @@ def _vocabulary(
     return {**words, **checkpoint.read_json("added_tokens.json"), **added, **declared}
 
 
-def _image_token(checkpoint: "Checkpoint", settings: Mapping[str, Any]) -> tuple[str, bool]:
+def _image_token(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[str, bool]:
     """What stands for an image; whether the tokenizer's settings name it."""
     extra = settings.get("extra_special_tokens")
     named = settings.get("image_token") or (isinstance(extra, dict) and extra.get("image_token"))

@@ -5,13 +5,11 @@ import. Runs on the driver too, and imports neither torch nor transformers.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.engine.checkpoint import Checkpoint
 from schemas.errors import SpecError
 from schemas.job import ModelSpec
-
-if TYPE_CHECKING:
-    from pipeline.engine.checkpoint import Checkpoint
 
 MAPPED = (
     "config.json",
@@ -22,7 +20,7 @@ MAPPED = (
 """Files that may name code of the checkpoint's own."""
 
 
-def check_pickles(spec: ModelSpec, checkpoint: "Checkpoint") -> None:
+def check_pickles(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     """Raise SpecError for weights in pickles, unless the job allows them."""
     if checkpoint.is_pickled and not spec.allow_pickle:
         raise SpecError(
@@ -33,7 +31,7 @@ def check_pickles(spec: ModelSpec, checkpoint: "Checkpoint") -> None:
         )
 
 
-def check_code(spec: ModelSpec, checkpoint: "Checkpoint") -> None:
+def check_code(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     """Raise SpecError for a checkpoint with code of its own, unless the job trusts it."""
     for name, module in _code(checkpoint):
         if not spec.trust_remote_code:
@@ -55,7 +53,7 @@ def load_options(spec: ModelSpec) -> dict[str, bool]:
     return {"trust_remote_code": spec.trust_remote_code}
 
 
-def _code(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
+def _code(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Each file that names code, with what it names."""
     for name in MAPPED:
         named: Any = checkpoint.read_json(name).get("auto_map") or {}
