@@ -226,6 +226,27 @@ def test_the_comparison_finds(
         llama.check(llama.engine(slots=6), groups_of([4, 1, 6, 2, 5], random.Random(1)))
 
 
+LEAVING = """
+import threading, time
+from dataclasses import replace
+from tests.engine_cases import cases_of, engine_for, request_of
+from tests.models import tiny_model, tiny_processor
+
+processor = tiny_processor()
+engine = engine_for("slots", tiny_model(), processor)
+request = request_of(processor, *(replace(case, longest=300) for case in cases_of(1, 8)))
+asking = lambda: [engine.submit([request]) for _ in range(1000)]
+threading.Thread(target=asking, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_program_that_ends_while_the_engine_is_at_work_ends_in_order() -> None:
+    """Not aborted by C++, as one is whose daemon thread is inside torch."""
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_calls_from_several_threads_mix_and_get_their_own_answers(llama: Known) -> None:
     engine = llama.engine(slots=4)
     failures: list[BaseException] = []

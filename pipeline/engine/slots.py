@@ -42,6 +42,8 @@ PREFILL_TOKENS = 16384
 
 LINGER_S = 2.0
 """That the thread waits for more work."""
+GLANCE_S = 0.1
+"""How often it looks, meanwhile, whether the program is over."""
 
 T = TypeVar("T")
 
@@ -135,17 +137,18 @@ class SlotsEngine:
                 self._looker.want(job.request.prefix)
             self._queue.extend(jobs)
             if self._thread is None:
+                # No daemon: one that is inside torch when the interpreter ends aborts the process.
                 self._thread = threading.Thread(
-                    target=self._run, name="lavaflow-slots", daemon=True
+                    target=self._run, name="lavaflow-slots", daemon=False
                 )
                 self._thread.start()
             self._arrived.notify()
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while True:
+        while threading.main_thread().is_alive():
             with self._arrived:
-                if not self._arrived.wait_for(self._has_work, timeout=LINGER_S):
+                if not self._is_asked():
                     # Nothing holds an engine then that nobody asks any more.
                     self._thread = None
                     return
@@ -153,6 +156,16 @@ class SlotsEngine:
                 self._round()
             except Exception as error:  # noqa: BLE001 (raised by those who wait)
                 self._fail_all(error)
+        self._fail_all(RuntimeError("the program ended before the engine had answered"))
+
+    def _is_asked(self) -> bool:
+        """Whether there is work, or comes soon enough."""
+        for _ in range(round(LINGER_S / GLANCE_S)):
+            if self._arrived.wait_for(self._has_work, timeout=GLANCE_S):
+                return True
+            if not threading.main_thread().is_alive():
+                return False
+        return False
 
     def _has_work(self) -> bool:
         return bool(self._queue) or (self._live is not None and bool(self._live.at_work))
