@@ -242,6 +242,18 @@ def test_several_that_continue_one_answer_read_what_is_their_own(known: Known) -
     assert sum(counted.passes) == asking.tokens_read
 
 
+def test_those_that_continue_one_answer_take_its_row_in_turn(known: Known) -> None:
+    """Where there is no second row."""
+    follow = [Question((70 + n, 80), 3) for n in range(3)]
+    follow += [Question((73 + n, 80, 81), scored=1 + n) for n in range(2)]
+    asking = Asking(known.images[0], [Question((60, 61), 3, follow)])
+    engine = known.engine(room=1.1)
+    counted = Counted(engine)
+    known.check_all(engine, [asking])
+    assert engine._live.size.rows == 1
+    assert sum(counted.passes) <= asking.tokens_read
+
+
 def test_continuing_in_little_room_is_read_again_where_the_row_is_gone(known: Known) -> None:
     rng = random.Random(7)
     follow = [Question(words(rng), 6, [Question(words(rng))]) for _ in range(4)]

@@ -1,6 +1,7 @@
 """Outcomes, and what follows from them: a request that grows says what is asked next.
 
-What continues a branch that is over goes on in its row; what else follows waits for one.
+What continues a branch that is over goes on in its row, several in turn or in copies; what else
+follows waits for a row.
 """
 
 from collections import deque
@@ -54,6 +55,16 @@ class Settling:
                 continued = over.get((row.job, grown.branch.continues))
                 if continued is None or not live.go_on(grown, continued):
                     row.job.waiting.append(grown)
+        for row in over.values():
+            if live.rows[row.index] is row and row.branch.continues is not None:
+                self._leave_to_sibling(row, live)
+
+    def _leave_to_sibling(self, row: Row, live: Live) -> None:
+        """A row that nobody has taken goes to one that waits and continues the same as it has."""
+        for sibling in row.job.waiting:
+            if sibling.branch.continues == row.branch.continues and live.go_on(sibling, row):
+                row.job.waiting.remove(sibling)
+                return
 
     def _grown(self, row: Row, outcome: Outcome) -> list[Row]:
         """What follows a branch that is about to be settled. Where there can be no room, that is
