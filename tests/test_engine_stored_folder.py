@@ -223,3 +223,19 @@ def test_a_download_that_is_killed_leaves_nothing_that_counts(spec: ModelSpec, c
     folder = list_folder(spec.path, spec.storage, suffixes=(".json", ".safetensors", ".bin"))
     assert folder.fetch("pytorch_model.bin").stat().st_size == BIG_BYTES
     assert cached(cache) == ["pytorch_model.bin"]
+
+
+def test_a_file_that_is_damaged_on_its_way_is_none(spec: ModelSpec, tmp_path: Path) -> None:
+    folder = list_folder(spec.path, spec.storage, suffixes=(".json",))
+    file, aside = folder.files["config.json"], tmp_path / "config.json.part"
+    aside.write_bytes(b"x" * file.size)
+    with pytest.raises(StoreUnavailable, match="was damaged on its way: its MD5 is 00, its etag"):
+        folder._check("config.json", aside, digest="00", identity=file.identity)
+    folder._check("config.json", aside, digest=file.identity, identity=file.identity)
+
+
+def test_the_environment_may_name_the_server(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", str(spec.storage.endpoint_url))
+    check_model(ModelSpec(path=spec.path))
