@@ -195,3 +195,19 @@ def test_each_familys_processor_is_set_right(tmp_path: Path, name: str) -> None:
         image = noise_image(1, width=size[0], height=size[1])
         ids = [each(text=PROMPT, images=image)["input_ids"] for each in (processor, whole)]
         assert ids[0] == ids[1]
+
+
+def test_the_earliest_checkpoints_have_no_such_file_at_all(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_processor().image_processor.save_pretrained(folder)
+    (folder / FILE).unlink()
+    assert (folder / "preprocessor_config.json").exists()
+    processor = load_processor(spec(folder))
+    assert {key: getattr(processor, key) for key in RIGHT} == RIGHT
+    assert len(caplog.messages) == len(RIGHT)
+    ids = [
+        p(text=PROMPT, images=noise_image(0))["input_ids"] for p in (processor, tiny_processor())
+    ]
+    assert ids[0] == ids[1]
+    assert fingerprint(folder)["processor"]
