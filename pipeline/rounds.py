@@ -77,10 +77,13 @@ class _Group:
 
     def __post_init__(self) -> None:
         talks = {id(task.talk): task.talk for task in self.tasks}.values()
-        self.grows = any(talk.has_later for talk in talks)
         self._places: list[list[_Place]] = []
         self._branch_of: dict[tuple[int, Said], int] = {}
+        self._with_choices: dict[int, list[Task]] = {}
+        # A lone question becomes a part of the prefix: no choice of it reads it.
+        self._is_alone = len({tuple(task.prompt["token_ids"]) for task in self.tasks}) == 1
         branches = self._added(self.tasks)
+        self.grows = bool(self._with_choices) or any(talk.has_later for talk in talks)
         if not any(talk.has_chains for talk in talks):
             # What comes later goes on from a branch, and so begins alike.
             branches = self._with_shared_start(branches)
@@ -100,10 +103,21 @@ class _Group:
         return due
 
     def _grown(self, number: int, outcome: Outcome) -> Sequence[Branch]:
+        waiting = self._with_choices.pop(number, [])
         due = self.settle(number, outcome)
         fitting = [task for task in due if self._begins_alike(task)]
         self.left += [task for task in due if not self._begins_alike(task)]
-        return self._added(fitting)
+        self._is_alone = False
+        return self._other_choices(waiting, number) + self._added(fitting)
+
+    def _other_choices(self, tasks: Iterable[Task], number: int) -> list[Branch]:
+        """Those behind the first, which has read the question for all of them."""
+        numbers: dict[Branch, int] = {}
+        for task in tasks:
+            for place, branch in enumerate(self._branches_of(task)):
+                if place:
+                    self._add(task, place, replace(branch, continues=number), numbers)
+        return list(numbers)
 
     def _begins_alike(self, task: Task) -> bool:
         n = len(self.prefix)
@@ -112,19 +126,29 @@ class _Group:
 
     def _added(self, tasks: Iterable[Task]) -> list[Branch]:
         """The branches of tasks. Without chance, the same question gets the same answer."""
-        first = len(self._places)
         numbers: dict[Branch, int] = {}
         for task in tasks:
             branches = self._branches_of(task)
             task.outcomes = [None] * len(branches)
+            if task.prompt["choices"] is not None and not self._is_alone:
+                longest = max(len(branch.token_ids) for branch in branches)
+                first = replace(branches[0], later_tokens=longest - len(branches[0].token_ids))
+                number = self._add(task, 0, first, numbers)
+                self._with_choices.setdefault(number, []).append(task)
+                continue
             for place, branch in enumerate(branches):
-                number = numbers.setdefault(branch, first + len(numbers))
-                if number == len(self._places):
-                    self._places.append([])
-                self._places[number].append((task, place))
+                number = self._add(task, place, branch, numbers)
                 if place < len(task.samples):
                     self._branch_of[id(task.talk), task.keys[place]] = number
         return list(numbers)
+
+    def _add(self, task: Task, place: int, branch: Branch, numbers: dict[Branch, int]) -> int:
+        """Note where the outcome of a branch belongs; gives its number."""
+        if branch not in numbers:
+            numbers[branch] = len(self._places)
+            self._places.append([])
+        self._places[numbers[branch]].append((task, place))
+        return numbers[branch]
 
     def _branches_of(self, task: Task) -> list[Branch]:
         talk, asking = task.talk, self.askings[task.prompt["unit"]]

@@ -10,8 +10,10 @@ import torch
 
 from pipeline.encode import Encode
 from pipeline.generate import Generate
+from pipeline.tokenise import alike
 from schemas.job import JobSpec
 from schemas.tables import SAMPLE, answered_schema, table_of, with_keep
+from tests.engine_cases import Counted
 from tests.lines import folded, sample_table, unfolded
 from tests.models import (
     BYTE_VOCABULARY,
@@ -472,6 +474,34 @@ def test_choices_are_one_request_with_one_prefix_that_holds_the_question():
     read = len(request.prefix.token_ids) + sum(len(b.token_ids) for b in request.branches)
     given = sum(len(ids) for ids in prompt["choices"]["token_ids"])
     assert read == len(prompt["token_ids"]) - 1 + len(CHOICES) + given
+
+
+def test_of_several_questions_with_choices_each_is_read_once():
+    texts = ("Which of all the colours is it?", "Is there anything behind it, and of what colour?")
+    asks = [{"id": text[:2], "prompt": text, "choices": CHOICES} for text in texts]
+    job = job_of(ask=asks)
+    rows = sample_table([sample(0, units=[*job.units])], KEEP)
+    encoded = Encode(job, KEEP)(rows)
+    generate = Generate(job, KEEP, run_id="r")
+    generate(encoded)  # From then on there are rows for so many choices.
+    counted = Counted(generate._rounds.engine)
+    together = generate(encoded).to_pylist()
+    [row] = unfolded(encoded)
+    ids = [prompt["token_ids"] for prompt in row["prompts"]]
+    given = sum(len(i) for p in row["prompts"] for i in p["choices"]["token_ids"])
+    shared = alike(*ids)
+    # Each choice but the first begins with a token that is read again, to be scored behind it.
+    most = len(ids[0]) + len(ids[1]) - shared + given + len(asks) * (len(CHOICES) - 1) + 1
+    assert sum(counted.passes) <= most
+    for ask, answer in zip(asks, together, strict=True):
+        alone = job_of(ask=[ask])
+        table = Encode(alone, KEEP)(sample_table([sample(0, units=[*alone.units])], KEEP))
+        [expected] = Generate(alone, KEEP, run_id="r")(table).to_pylist()
+        probs, wanted = (
+            [each["prob"] for each in one["choice_probs"]] for one in (answer, expected)
+        )
+        assert probs == pytest.approx(wanted, abs=1e-5)
+        assert answer["answer"] == expected["answer"]
 
 
 def test_a_choice_that_cannot_be_scored_fails_its_question(tmp_path):
