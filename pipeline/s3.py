@@ -7,6 +7,7 @@ server's permission to send. Knows neither sources nor outputs.
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ CONNECTIONS = 64
 
 
 def s3_filesystem(storage: StorageSpec) -> s3fs.S3FileSystem:
-    """The same one for equal specs."""
+    """The same one for equal specs, where the environment is the same."""
     return _BoundedS3(
-        endpoint_url=storage.endpoint_url,
+        endpoint_url=storage.endpoint_url or _endpoint_of_environment(),
         anon=storage.anon,
         profile=storage.profile,
         # A listing that is remembered hides what other processes have published since.
@@ -38,6 +39,14 @@ def s3_filesystem(storage: StorageSpec) -> s3fs.S3FileSystem:
             "max_pool_connections": CONNECTIONS,
         },
     )
+
+
+def _endpoint_of_environment() -> str | None:
+    """As botocore takes it from there; told by us, since fsspec keeps file systems by what it is
+    told."""
+    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return None
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 class _BoundedS3(s3fs.S3FileSystem):  # type: ignore[misc]
