@@ -6,6 +6,7 @@ slow (`alone.py`)    ids and tensors by the processor as a whole, from the whole
 """
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -15,7 +16,7 @@ from pipeline.decoder import Decoded, settings_of
 from pipeline.engine.load import load_family
 from pipeline.engine.pixels import AnyResize, Resize, pixel_table, resize_of
 from pipeline.tokenise import Reading, Tokeniser, choices_behind
-from schemas.errors import SpecError
+from schemas.errors import ProcessorRefused, SpecError
 from schemas.job import JobSpec
 
 if TYPE_CHECKING:
@@ -26,21 +27,18 @@ AS_IT_IS = Resize(margin=None, edge=None, fixed=None, resample=0, crop=None)
 
 
 class Reader:
-    """`always`: how prompts are read, whatever the image; null where that depends on the image.
-
-    Raises SpecError for a processor that the job cannot be done with.
-    """
+    """Raises SpecError for a processor that the job cannot be done with."""
 
     def __init__(self, job: JobSpec, processor: Any, tokeniser: Tokeniser) -> None:
         self._tokeniser = tokeniser
         self._whole: WholeProcessor | None = None
-        self.always: Reading | None = None
+        self._places: int | None = None
         resize: AnyResize = AS_IT_IS
-        if load_family(job.model).is_fast:
+        self._family = load_family(job.model)
+        if self._family.is_fast:
             pixel_table(processor)
             resize = resize_of(processor)
-            if (places := tokeniser.image_tokens.fixed) is not None:
-                self.always = tokeniser.placing(places)
+            self._places = tokeniser.image_tokens.fixed
         else:
             from pipeline.engine import wholeprocessor
 
@@ -52,18 +50,27 @@ class Reader:
             )
         self.settings: DecodeSettings = settings_of(job, resize)
 
-    def of(self, image: Decoded) -> Reading:
-        """How prompts about this image are read."""
+    def check(self, images: int) -> None:
+        """Raises ProcessorRefused for a prompt about more images than the model takes."""
+        if images > 1 and (why := self._family.why_one_image) is not None:
+            raise ProcessorRefused(f"the row has {images} images, and {why}; give it one")
+
+    def always(self, images: int) -> Reading | None:
+        """How prompts about so many images are read, whatever is in them; null where it depends."""
+        return None if self._places is None else self._tokeniser.placing(*[self._places] * images)
+
+    def of(self, images: Sequence[Decoded]) -> Reading:
+        """How prompts about these images are read."""
         if self._whole is None:
-            return self._tokeniser.placing(
-                self._tokeniser.image_tokens.of((image.width, image.height))
-            )
+            tokens = self._tokeniser.image_tokens
+            return self._tokeniser.placing(*[tokens.of((i.width, i.height)) for i in images])
+        [image] = images
         ids = functools.partial(self._whole.ids, image=Image.fromarray(image.array))
         choices = functools.partial(choices_behind, tokenised=ids)
         return Reading(ids, choices, self._tokeniser.check)
 
     def pixels(self, image: Decoded) -> dict[str, Any]:
-        """What of the image travels, as columns of PREPARED. Raises PromptError."""
+        """What of an image travels, as columns of PREPARED. Raises PromptError."""
         if self._whole is None:
             return {"pixels": image.pixels, "pixels_shape": image.shape}
         return {"pixels": self._whole.of_image(Image.fromarray(image.array))}

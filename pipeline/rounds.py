@@ -1,9 +1,9 @@
 """Tasks to requests of the engine, and outcomes back to tasks.
 
-Questions that share an image and a prefix (up to the last image token) are one request, whatever
-rows they are of. What falls due while a request is at work and begins with its prefix joins it,
-where it finds the prefix read, and the conversation that it goes on from; the rest is asked in
-another round.
+Questions that share their images and a prefix (up to the last image token) are one request,
+whatever rows they are of. What falls due while a request is at work and begins with its prefix
+joins it, where it finds the prefix read, and the conversation that it goes on from; the rest is
+asked in another round.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,9 +35,9 @@ class Rounds:
         images: dict[str, ImagePixels] = {}
         while due:
             for task in due:
-                row = task.talk.row
-                if row["image_sha256"] not in images:
-                    images[row["image_sha256"]] = _image(row)
+                for row in _with_images(task):
+                    if row["image_sha256"] not in images:
+                        images[row["image_sha256"]] = _image(row)
             groups = self._groups(due, images)
             submitted = self.engine.submit([group.request() for group in groups])
             for group, outcomes in zip(groups, submitted, strict=True):
@@ -49,13 +49,14 @@ class Rounds:
     def _groups(
         self, tasks: Iterable[Task], images: Mapping[str, ImagePixels]
     ) -> Sequence["_Group"]:
-        by_prefix: dict[tuple[str, TokenIds], list[Task]] = {}
+        by_prefix: dict[tuple[tuple[str, ...], TokenIds], list[Task]] = {}
         for task in tasks:
             prefix = self._prefix(task.prompt["token_ids"])
-            by_prefix.setdefault((task.talk.row["image_sha256"], prefix), []).append(task)
+            names = tuple(row["image_sha256"] for row in _with_images(task))
+            by_prefix.setdefault((names, prefix), []).append(task)
         return [
-            _Group(prefix, images[sha256], alike_tasks, self._askings)
-            for (sha256, prefix), alike_tasks in by_prefix.items()
+            _Group(prefix, [images[name] for name in names], alike_tasks, self._askings)
+            for (names, prefix), alike_tasks in by_prefix.items()
         ]
 
     def _prefix(self, ids: Sequence[int]) -> TokenIds:
@@ -70,7 +71,7 @@ class _Group:
     """One request in the making, and while it is at work. `left`: what it could not take up."""
 
     prefix: TokenIds
-    image: ImagePixels
+    images: Sequence[ImagePixels]
     tasks: Sequence[Task]
     askings: Mapping[str, Asking]
     left: list[Task] = field(default_factory=list)
@@ -91,7 +92,7 @@ class _Group:
 
     def request(self) -> Request:
         grow = self._grown if self.grows else None
-        return Request(Prefix(self.prefix, [self.image]), self._branches, grow)
+        return Request(Prefix(self.prefix, self.images), self._branches, grow)
 
     def settle(self, number: int, outcome: Outcome) -> list[Task]:
         """Give it to all that asked the same; tells what is due then."""
@@ -175,6 +176,12 @@ class _Group:
 
 def _unscored(branch: Branch) -> Sequence[int]:
     return branch.token_ids[: len(branch.token_ids) - branch.scored]
+
+
+def _with_images(task: Task) -> Sequence[Mapping[str, Any]]:
+    """The columns of each of its images."""
+    row = task.talk.row
+    return [row, *(row["more_images"] or ())]
 
 
 def _image(row: Mapping[str, Any]) -> ImagePixels:

@@ -166,15 +166,17 @@ class Talk:
             word(prompt, script, row=row, answers=known, place=self.place)
         if prompt["status"] is not None:
             return
+        images = [self.row, *(self.row["more_images"] or ())]
+        sizes = [(image["image_width"], image["image_height"]) for image in images]
         try:
             prompt["prompt"] = tokeniser.render(
-                prompt["question"], self._conversation(task), script.shots
+                prompt["question"], self._conversation(task), script.shots, len(sizes)
             )
         except PromptError as error:
             fail(prompt, error_of(error))
             return
-        places = tokeniser.image_tokens.of((self.row["image_width"], self.row["image_height"]))
-        tokeniser.placing(places).fill_in(prompt, options=script.ask.options)
+        places = map(tokeniser.image_tokens.of, sizes)
+        tokeniser.placing(*places).fill_in(prompt, options=script.ask.options)
 
     def _skip_in_vain(self, task: Task) -> None:
         """Where an answer is missing that it looks at. One that was not asked for is null in

@@ -67,8 +67,9 @@ class Reading:
 
 
 class Tokeniser:
-    """`render(question, earlier, shots)` gives a prompt with one image token, `ids(prompt, places)`
-    its ids, `choices(prompt, texts, places)` those of given answers; a `Reading` does both.
+    """`render(question, earlier, shots, images)` gives a prompt with one image token for each of so
+    many images, `ids(prompt, places)` its ids, `choices(prompt, texts, places)` those of given
+    answers; a `Reading` does both.
 
     `places`: how many image tokens each image of the prompt takes, in their order; `image_tokens`
     knows that of an image.
@@ -93,11 +94,11 @@ class Tokeniser:
     def image_tokens(self) -> ImageTokens:
         return ImageTokens(self._processor)
 
-    def placing(self, places: int) -> "Reading":
-        """How prompts are read in which so many image tokens stand for the image."""
+    def placing(self, *places: int) -> "Reading":
+        """How prompts are read in which so many image tokens stand for each image."""
         return Reading(
-            functools.partial(self.ids, places=(places,)),
-            functools.partial(self.choices, places=(places,)),
+            functools.partial(self.ids, places=places),
+            functools.partial(self.choices, places=places),
             self.check,
         )
 
@@ -116,7 +117,11 @@ class Tokeniser:
             )
 
     def _render(
-        self, question: str, earlier: tuple[Turn, ...] = (), shots: tuple[Turn, ...] = ()
+        self,
+        question: str,
+        earlier: tuple[Turn, ...] = (),
+        shots: tuple[Turn, ...] = (),
+        images: int = 1,
     ) -> str:
         """The prompt as text. Raises PromptError."""
         token = self._processor.image_token
@@ -126,6 +131,7 @@ class Tokeniser:
             conversation=earlier,
             shots=shots,
             image_token=token,
+            images=images,
         )
         try:
             prompt: str = self._processor.apply_chat_template(
@@ -135,9 +141,10 @@ class Tokeniser:
             raise TemplateFailed(
                 f"the chat template refuses the conversation: {type(error).__name__}: {error}"
             ) from error
-        if (count := prompt.count(token)) != 1:
+        if (count := prompt.count(token)) != images:
             raise TemplateFailed(
-                f"the chat template wrote {token} {count} times for one image: give the "
+                f"the chat template wrote {token} {count} times for "
+                f"{'one image' if images == 1 else f'{images} images'}: give the "
                 "checkpoint a template that places {'type': 'image'} parts"
             )
         return prompt

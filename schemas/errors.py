@@ -38,7 +38,7 @@ The name of a row error's class is what the answer table says in `error_class`: 
 public and stable. A message names the subject, the value and the remedy.
 """
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 class LavaflowError(Exception):
@@ -65,6 +65,14 @@ class RowError(LavaflowError):
     """One row that cannot be answered. `stage` and the class's name reach the answer table."""
 
     stage: ClassVar[str]
+
+
+E = TypeVar("E", bound=RowError)
+
+
+def about_image(error: E, *, number: int, count: int) -> E:
+    """The same error, which says of which of its row's images it is."""
+    return error if count == 1 else type(error)(f"image {number} of {count}: {error}")
 
 
 class ReadError(RowError):

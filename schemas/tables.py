@@ -68,8 +68,14 @@ conditions look at, as a JSON object; null where they look at none. `error`: the
 be read."""
 
 SAMPLE = pa.schema(
-    [*SHARD, pa.field("image", pa.large_binary()), pa.field("lines", pa.list_(SAMPLE_LINE))]
+    [
+        *SHARD,
+        pa.field("image", pa.large_binary()),
+        pa.field("more_images", pa.list_(pa.large_binary())),
+        pa.field("lines", pa.list_(SAMPLE_LINE)),
+    ]
 )
+"""`more_images`: what follows the first in the prompts of a row that has several, else null."""
 
 CHOICES = pa.struct([("shared_tokens", pa.int32()), ("token_ids", pa.list_(pa.list_(pa.int32())))])
 """The answers that a prompt may have: so many of its first tokens stay with an answer behind them,
@@ -107,20 +113,29 @@ PREPARED_LINE = pa.struct(
 )
 """`conversation` and `columns`: of SAMPLE_LINE, where a prompt is later; else null."""
 
+MORE_IMAGE = pa.struct(
+    [
+        ("pixels", pa.large_binary()),
+        ("pixels_shape", pa.list_(pa.int32())),
+        ("image_sha256", pa.string()),
+        ("image_width", pa.int32()),
+        ("image_height", pa.int32()),
+    ]
+)
+"""What a row says of an image behind its first; of the first, PREPARED has these as columns."""
+
 PREPARED = pa.schema(
     [
         *SHARD,
-        pa.field("pixels", pa.large_binary()),
-        pa.field("pixels_shape", pa.list_(pa.int32())),
-        pa.field("image_sha256", pa.string()),
-        pa.field("image_width", pa.int32()),
-        pa.field("image_height", pa.int32()),
+        *MORE_IMAGE,
+        pa.field("more_images", pa.list_(MORE_IMAGE)),
         pa.field("lines", pa.list_(PREPARED_LINE)),
     ]
 )
 """`pixels`: uint8 of `pixels_shape`, [H, W, 3] or [tiles, H, W, 3], row-major, resized as the
 processor does, not yet normalised; null where no prompt of any line needs them. Of a model that
-goes the slow path, safetensors of what its processor gives, without a shape."""
+goes the slow path, safetensors of what its processor gives, without a shape. `more_images`: null
+where a row has one, or none."""
 
 _ANSWER = [
     pa.field("source_uri", pa.string()),

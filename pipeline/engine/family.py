@@ -38,7 +38,8 @@ class Family:
     into tiles, the more the larger it is, and takes as many places in a prompt as its size asks
     for. `is_fast`: its images travel as bytes, are normalised on the device, and are looked at
     once for all questions; others are asked through `generate`, one prompt at a time (`alone.py`).
-    `example`: a checkpoint on the hub.
+    `takes_several`: its processor does with an image what it does with one alone, where several are
+    in a prompt. `example`: a checkpoint on the hub.
     """
 
     model_type: str
@@ -48,6 +49,7 @@ class Family:
     example: str = ""
     has_tiles: bool = False
     is_fast: bool = True
+    takes_several: bool = True
 
     @property
     def why_slow(self) -> str | None:
@@ -57,6 +59,13 @@ class Family:
         return (
             f"{self.architecture} is none of {', '.join(f.architecture for f in FAMILIES.values())}"
         )
+
+    @property
+    def why_one_image(self) -> str | None:
+        """Why its prompts are about one image each; null where they may be about several."""
+        if self.is_fast and self.takes_several:
+            return None
+        return f"prompts of a {self.architecture} are about one image each"
 
     def model_class(self) -> Any:
         return _class(self.architecture)
@@ -117,6 +126,8 @@ FAMILIES: Mapping[str, Family] = {
             "LlavaOnevisionProcessor",
             "llava-hf/llava-onevision-qwen2-7b-ov-hf",
             has_tiles=True,
+            # Of several it cuts none into tiles.
+            takes_several=False,
         ),
     )
 }

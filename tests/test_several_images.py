@@ -1,0 +1,179 @@
+"""Several images in one prompt: from the row to the answer, against the model's own processor and
+`generate`, which are given all of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.encode import Encode
+from pipeline.engine.load import load_model, load_processor
+from pipeline.generate import Generate
+from schemas.job import JobSpec, ModelSpec
+from tests.families import saved_kind
+from tests.lines import sample_table, unfolded
+from tests.models import noise_image, shared_checkpoint
+from tests.shards import saved
+
+SIZES = [(40, 32), (100, 31), (31, 90), (64, 64)]
+IMAGES = [noise_image(n, width=w, height=h) for n, (w, h) in enumerate(SIZES)]
+PNGS = [saved(image, "PNG") for image in IMAGES]
+ASK = [{"id": "red", "prompt": "Which is red?"}, {"id": "many", "prompt": "How many are there?"}]
+WHO = [{"id": "who", "turns": ["Which is red?", "And blue?"]}]
+FOLDERS = {
+    "LLaVA": shared_checkpoint,
+    "LLaVA-NeXT": lambda: saved_kind("LLaVA-NeXT, CLIP, Mistral"),
+}
+
+
+def job_of(folder: Path, ask: Sequence[Mapping[str, Any]] = ASK) -> JobSpec:
+    return JobSpec.model_validate(
+        {
+            "source": {"format": "parquet", "path": "x"},
+            "ask": ask,
+            "model": {"path": str(folder), "device": "cpu"},
+            "output": {"path": "y", "prompts": True},
+            "generate": {"max_new_tokens": 6},
+        }
+    )
+
+
+def row_of(index: int, images: Sequence[bytes], job: JobSpec, **columns: Any) -> dict[str, Any]:
+    first, *more = images
+    return {
+        "source_uri": "a.parquet",
+        "source_index": index,
+        "shard_identity": "etag",
+        "sample_id": f"s{index}",
+        "units": job.units,
+        "image": first,
+        "more_images": more or None,
+        **columns,
+    }
+
+
+def answered(job: JobSpec, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As a job answers them."""
+    prepared = Encode(job, {})(sample_table(rows))
+    answers: list[dict[str, Any]] = Generate(job, {}, run_id="r", threads=1)(prepared).to_pylist()
+    return answers
+
+
+class Alone:
+    """A checkpoint that is asked through transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = ModelSpec(path=str(folder), device="cpu")
+        self.processor: Any = load_processor(spec)
+        self.model: Any = load_model(spec, torch.device("cpu"))
+
+    def check(self, answer: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
+        assert answer["status"] == "ok", answer["error_message"]
+        assert answer["prompt"].count("<image>") == len(images)
+        inputs = self.processor(text=answer["prompt"], images=list(images), return_tensors="pt")
+        start = inputs["input_ids"].shape[1]
+        tokens = self.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        said = self.processor.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
+        assert (answer["prompt_tokens"], answer["answer"]) == (start, said.strip())
+
+
+MIXED = [[0, 1], [2], [1, 0], [3, 3], [0, 1], [2, 0, 1]]
+"""Which images each row has."""
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_rows_with_one_image_and_several_are_answered_as_generate_answers_each_alone(
+    name: str,
+) -> None:
+    job, alone = job_of(FOLDERS[name]()), Alone(FOLDERS[name]())
+    rows = [row_of(n, [PNGS[i] for i in which], job) for n, which in enumerate(MIXED)]
+    answers = answered(job, rows)
+    assert [a["source_index"] for a in answers] == [n for n in range(len(MIXED)) for _ in ASK]
+    for answer in answers:
+        alone.check(answer, [IMAGES[i] for i in MIXED[answer["source_index"]]])
+    said = [answer["answer"] for answer in answers]
+    assert said[0:2] == said[8:10]
+    assert said[0:2] != said[4:6]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_later_turns_see_all_images(name: str) -> None:
+    job, alone = job_of(FOLDERS[name](), WHO), Alone(FOLDERS[name]())
+    answers = answered(job, [row_of(n, [PNGS[i] for i in w], job) for n, w in enumerate(MIXED)])
+    assert [a["turn"] for a in answers] == [0, 1] * len(MIXED)
+    for answer in answers:
+        alone.check(answer, [IMAGES[i] for i in MIXED[answer["source_index"]]])
+
+
+def test_an_answer_names_the_first_image() -> None:
+    job = job_of(shared_checkpoint())
+    several, one = answered(
+        job_of(shared_checkpoint(), ASK[:1]),
+        [row_of(0, PNGS[1:3], job, units=["red"]), row_of(1, PNGS[1:2], job, units=["red"])],
+    )
+    names = ("image_sha256", "image_width", "image_height")
+    assert [several[name] for name in names] == [one[name] for name in names]
+    assert several["image_width"] == SIZES[1][0]
+
+
+def test_a_broken_image_fails_its_row_and_no_other() -> None:
+    job, alone = job_of(shared_checkpoint()), Alone(shared_checkpoint())
+    broken = [[PNGS[0], PNGS[1][:60]], [b"no image", PNGS[0]], [PNGS[0], PNGS[1], b""]]
+    images = [[PNGS[0], PNGS[1]], *broken, [PNGS[2]]]
+    answers = answered(job, [row_of(n, each, job) for n, each in enumerate(images)])
+    for answer in answers[:2]:
+        alone.check(answer, IMAGES[:2])
+    for answer in answers[-2:]:
+        alone.check(answer, [IMAGES[2]])
+    failed = [(a["error_class"], a["error_message"].split(":")[0]) for a in answers[2:-2:2]]
+    assert failed == [
+        ("ImageCorrupt", "image 2 of 2"),
+        ("ImageUnidentified", "image 1 of 2"),
+        ("ImageEmpty", "image 3 of 3"),
+    ]
+    assert all(answer["status"] == "failed" for answer in answers[2:-2])
+
+
+def test_image_marks_of_an_earlier_turn_are_dropped_one_for_each_image() -> None:
+    job, alone = job_of(shared_checkpoint(), ASK[:1]), Alone(shared_checkpoint())
+    talk = [
+        {"role": "user", "content": "<image>\n<image>\nWho?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    rows = [row_of(n, PNGS[: 2 - n], job, conversation=talk) for n in range(2)]
+    both, one = answered(job, rows)
+    alone.check(both, IMAGES[:2])
+    assert (one["status"], one["error_class"]) == ("failed", "ImageTokenInText")
+
+
+def test_choices_are_given_behind_all_images() -> None:
+    ask = [{"id": "which", "prompt": "Which?", "choices": ["red", "blue"]}]
+    job = job_of(shared_checkpoint(), ask)
+    orders = [[0, 1], [1, 0]]
+    answers = answered(job, [row_of(n, [PNGS[i] for i in o], job) for n, o in enumerate(orders)])
+    one, other = ([c["prob"] for c in answer["choice_probs"]] for answer in answers)
+    assert one != other
+    assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("kind", ["LLaVA-OneVision, SigLIP, Qwen2"])
+def test_a_model_that_sees_several_otherwise_fails_rows_with_several(kind: str) -> None:
+    job = job_of(saved_kind(kind))
+    several, one = unfolded(
+        Encode(job, {})(sample_table([row_of(0, PNGS[:2], job), row_of(1, PNGS[:1], job)]))
+    )
+    assert {p["error"]["class"] for p in several["prompts"]} == {"ProcessorRefused"}
+    assert "2 images" in several["prompts"][0]["error"]["message"]
+    assert {p["status"] for p in one["prompts"]} == {None}
+
+
+def test_several_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    job = job_of(shared_checkpoint())
+    encode = Encode(job, {})
+    for images in (PNGS[:1], PNGS[:2], PNGS[:2]):
+        encode(sample_table([row_of(0, images, job)]))
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "LLaVA was not trained on several images in one prompt" in warning
