@@ -20,6 +20,7 @@ from pipeline.engine.placement import placed
 from pipeline.engine.repair import repairs_of
 from pipeline.fingerprint import model_fingerprint, question_fingerprints
 from pipeline.footer import Fingerprint
+from pipeline.prompt import SEVERAL_IMAGES
 from pipeline.read import ShardWork
 from pipeline.sources import open_source
 from pipeline.sources.base import Shard
@@ -105,11 +106,21 @@ def plan(job: JobSpec) -> Plan:
     for ask in job.ask:
         if ask.json_schema is not None:
             check_schema(ask.json_schema)
+    _check_images(job)
     check_prompts(job, shards)
     job = _pinned(job)
     keep = source.keep_types()
     fingerprint = Fingerprint(model_fingerprint(job), question_fingerprints(job))
     return Plan(job, shards, keep=keep, fingerprint=fingerprint, notes=list(_notes(job)))
+
+
+def _check_images(job: JobSpec) -> None:
+    images = job.source.columns.images
+    if len(images) > 1 and (why := family_of(open_checkpoint(job.model)).why_one_image):
+        raise SpecError(
+            f"source.columns.image: {list(images)} puts {len(images)} images in each prompt, and "
+            f"{why}; name one"
+        )
 
 
 def _notes(job: JobSpec) -> Iterator[str]:
@@ -118,6 +129,8 @@ def _notes(job: JobSpec) -> Iterator[str]:
         yield f"model {job.model.path}: {repair}"
     if why := family_of(checkpoint).why_slow:
         yield f"the model takes the slow path, one prompt at a time: {why}"
+    if (count := len(job.source.columns.images)) > 1:
+        yield f"each prompt has {count} images: {SEVERAL_IMAGES}"
 
 
 def _pinned(job: JobSpec) -> JobSpec:

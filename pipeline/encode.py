@@ -49,7 +49,7 @@ class Encode:
         self._decoder = Decoder(self._reader.settings)
         self._scripts = scripts_of(job)
         self._entries = Entries(job, self._scripts)
-        self._has_warned = False
+        self._has_warned = len(job.source.columns.images) > 1  # by the driver
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         samples = batch.select(_BUT_IMAGES).to_pylist()

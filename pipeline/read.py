@@ -68,7 +68,7 @@ def read_shards(
     n_bytes = n_lines = 0
     for row in _rows(job, task, keep=keep, on_failure=on_failure):
         rows.append(row)
-        n_bytes += len(row.get("image") or b"")
+        n_bytes += sum(len(i or b"") for i in (row.get("image"), *(row.get("more_images") or ())))
         n_lines += len(row.get("lines", ()))
         if n_bytes >= MAX_TABLE_BYTES or n_lines >= MAX_TABLE_LINES:
             table = table_of(rows, schema)
@@ -130,7 +130,8 @@ def _rows_of(  # noqa: PLR0913 (all but two by name)
         asked = [_with_questions(s, item.own.get(s.index)) for s in samples]
         lines = [_line(s, units=done.missing_units(s.index, units), fields=fields) for s in asked]
         kept = {KEEP + name: [s.keep.get(name) for s in samples] for name in keep}
-        yield {**place, "image": samples[0].image, "lines": lines, **kept}
+        images = {"image": samples[0].image, "more_images": [*samples[0].more_images] or None}
+        yield {**place, **images, "lines": lines, **kept}
         is_marked = shard.rows is not None
     if reading.rows_total is not None and not is_marked:
         yield {**place, "rows_total": reading.rows_total}
@@ -158,7 +159,9 @@ def _by_image(samples: Iterable[Sample]) -> Iterator[Sequence[Sample]]:
 
 
 def _hold_one_image(a: Sample, b: Sample) -> bool:
-    return a.image is not None and a.image is b.image
+    if a.image is None or a.image is not b.image or len(a.more_images) != len(b.more_images):
+        return False
+    return all(one is other for one, other in zip(a.more_images, b.more_images, strict=True))
 
 
 def _with_questions(sample: Sample, ids: Collection[str] | None) -> Sample:

@@ -32,11 +32,13 @@ class StorageSpec(Spec):
 class ColumnsSpec(Spec):
     """Where a source keeps what a row needs; only what differs from the default is written."""
 
-    image: str | None = Field(
+    image: str | tuple[str, ...] | None = Field(
         None,
         description="webdataset: suffix of the image member (`jpg`); null takes the first member "
         "with a known image suffix. parquet: column with the bytes, the path or the URL of the "
-        "image; manifest: column with its path or URL; null takes the one that is called so.",
+        "image; manifest: column with its path or URL; null takes the one that is called so. A "
+        "list of suffixes or columns, or a column that holds lists, puts several images in each "
+        "prompt, in this order.",
     )
     id: str = Field(
         "__key__",
@@ -54,6 +56,22 @@ class ColumnsSpec(Spec):
         description="Column with earlier turns, a list of {role, content}, that each question "
         "continues; manifest: or LLaVA's list of {from, value}.",
     )
+
+    @field_validator("image")
+    @classmethod
+    def _image_is_named(cls, image: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if not isinstance(image, tuple):
+            return image
+        if not all(image) or len({*image}) < len(image):
+            raise ValueError("holds a name that is empty or there twice; name each image once")
+        if not image:
+            raise ValueError("is empty; name the image, or several")
+        return image[0] if len(image) == 1 else image
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The names in `image`; none where the source is to tell."""
+        return (self.image,) if isinstance(self.image, str) else self.image or ()
 
 
 class SourceSpec(Spec):

@@ -1,22 +1,31 @@
 """Several images in one prompt: from the row to the answer, against the model's own processor and
 `generate`, which are given all of them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from jobs.plan import plan
 from pipeline.encode import Encode
 from pipeline.engine.load import load_model, load_processor
+from pipeline.fingerprint import digest, model_fingerprint
 from pipeline.generate import Generate
-from schemas.job import JobSpec, ModelSpec
+from pipeline.prompt import SEVERAL_IMAGES
+from pipeline.read import ShardCoverage, ShardWork
+from pipeline.sources import open_source
+from schemas.errors import SpecError
+from schemas.job import ColumnsSpec, JobSpec, ModelSpec, SourceSpec
 from tests.families import saved_kind
-from tests.lines import sample_table, unfolded
+from tests.lines import sample_table, tables_read, unfolded
 from tests.models import noise_image, shared_checkpoint
-from tests.shards import saved
+from tests.shards import json_bytes, saved, write_shard
 
 SIZES = [(40, 32), (100, 31), (31, 90), (64, 64)]
 IMAGES = [noise_image(n, width=w, height=h) for n, (w, h) in enumerate(SIZES)]
@@ -170,10 +179,95 @@ def test_a_model_that_sees_several_otherwise_fails_rows_with_several(kind: str) 
     assert {p["status"] for p in one["prompts"]} == {None}
 
 
+def tar_of(folder: Path) -> dict[str, Any]:
+    members = [(f"{n}.{side}.png", PNGS[i]) for n, p in enumerate(PAIRS) for side, i in p.items()]
+    write_shard(folder / "a.tar", members)
+    return {"format": "webdataset", "columns": {"image": ["left.png", "right.png"]}}
+
+
+def table_of_columns(folder: Path) -> dict[str, Any]:
+    columns = {side: [PNGS[p[side]] if side in p else None for p in PAIRS] for side in SIDES}
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    return {"format": "parquet", "columns": {"image": [*SIDES]}}
+
+
+def table_of_lists(folder: Path) -> dict[str, Any]:
+    lists = [[PNGS[p[side]] for side in SIDES if side in p] for p in PAIRS]
+    pq.write_table(pa.table({"images": lists}), folder / "a.parquet")
+    return {"format": "parquet"}
+
+
+def lines_of_lists(folder: Path) -> dict[str, Any]:
+    for number, image in enumerate(PNGS):
+        (folder / f"{number}.png").write_bytes(image)
+    rows = [{"images": [f"{p[side]}.png" for side in SIDES if side in p]} for p in PAIRS]
+    (folder / "a.jsonl").write_bytes(b"\n".join(map(json_bytes, rows)))
+    return {"format": "manifest"}
+
+
+SIDES = ("left", "right")
+PAIRS = [{"left": 0, "right": 1}, {"left": 1, "right": 0}, {"left": 2}, {"left": 2, "right": 2}]
+
+
+@pytest.mark.parametrize("write", [tar_of, table_of_columns, table_of_lists, lines_of_lists])
+def test_from_the_source_to_the_answer(write: Any, tmp_path: Path) -> None:
+    asked = job_of(shared_checkpoint())
+    source = {**write(tmp_path), "path": str(tmp_path)}
+    job = asked.model_copy(update={"source": SourceSpec.model_validate(source)})
+    shards = open_source(job.source).list()
+    tables = tables_read(job, [ShardWork(s, ShardCoverage(s.uri, s.identity)) for s in shards])
+    encode, generate = Encode(job, {}), Generate(job, {}, run_id="r", threads=1)
+    answers = [a for table in tables for a in generate(encode(table)).to_pylist() if a["status"]]
+    alone = Alone(shared_checkpoint())
+    is_list = write in (table_of_lists, lines_of_lists)
+    for answer in sorted(answers, key=lambda answer: answer["source_index"]):
+        pair = PAIRS[answer["source_index"]]
+        if is_list or len(pair) == 2:
+            alone.check(answer, [IMAGES[pair[side]] for side in SIDES if side in pair])
+        else:
+            assert (answer["status"], answer["error_class"]) == ("failed", "ImageMissing")
+            assert "image 2 of 2" in answer["error_message"]
+            assert "right" in answer["error_message"]
+    by_index = Counter(answer["source_index"] for answer in answers)
+    # What a tar lacks is one failed row, whatever is asked.
+    assert by_index == {n: 1 if (n, write) == (2, tar_of) else 2 for n in range(len(PAIRS))}
+
+
 def test_several_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     job = job_of(shared_checkpoint())
     encode = Encode(job, {})
     for images in (PNGS[:1], PNGS[:2], PNGS[:2]):
         encode(sample_table([row_of(0, images, job)]))
     [warning] = [record.getMessage() for record in caplog.records]
-    assert "LLaVA was not trained on several images in one prompt" in warning
+    assert SEVERAL_IMAGES in warning
+
+
+def pairs_of(tmp_path: Path, folder: Path) -> JobSpec:
+    source = SourceSpec.model_validate({**tar_of(tmp_path), "path": str(tmp_path)})
+    return job_of(folder).model_copy(update={"source": source})
+
+
+def test_several_columns_are_warned_of_before_the_run_and_not_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = pairs_of(tmp_path, shared_checkpoint())
+    [note] = plan(job).notes
+    assert note == f"each prompt has 2 images: {SEVERAL_IMAGES}"
+    Encode(job, {})(sample_table([row_of(0, PNGS[:2], job)]))
+    assert not caplog.records
+
+
+def test_several_columns_are_refused_for_a_model_that_takes_one_image(tmp_path: Path) -> None:
+    job = pairs_of(tmp_path, saved_kind("LLaVA-OneVision, SigLIP, Qwen2"))
+    with pytest.raises(SpecError, match="puts 2 images in each prompt, and prompts of a LlavaOne"):
+        plan(job)
+
+
+def test_one_name_in_a_list_is_the_same_column(tmp_path: Path) -> None:
+    names: list[Any] = ["jpg", ["jpg"], ["jpg", "png"], ["png", "jpg"]]
+    job = pairs_of(tmp_path, shared_checkpoint())
+    columns = [ColumnsSpec.model_validate({"image": name}) for name in names]
+    sources = [job.source.model_copy(update={"columns": each}) for each in columns]
+    prints = [model_fingerprint(job.model_copy(update={"source": s}))["image"] for s in sources]
+    assert prints[0] == prints[1] == digest({"column": "jpg"})
+    assert len({*prints}) == 3

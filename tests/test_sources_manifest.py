@@ -229,7 +229,8 @@ class TestImages:
             ("", "names no image"),
             (7, "names no image"),
             ({"bytes": None}, "names no image"),
-            (["a.png", "b.png"], "lists several images"),
+            ([], "names no image"),
+            (["a.png", ""], "names no image at place 2 of 2"),
         ],
     )
     def test_a_row_without_an_image_keeps_its_questions(
@@ -262,6 +263,60 @@ class TestImages:
         [sample], _ = read_all(source, source.list()[0])
         assert sample.sample_id == "https://127.0.0.1:1/a.png"
         assert "secret" not in str(sample.image_error)
+
+
+class TestSeveral:
+    """Rows of several images."""
+
+    def test_a_list_and_columns_in_their_order(self, tmp_path: Path) -> None:
+        write_images(tmp_path, "a.png", "b.png", "c.png")
+        a, b, c = (f"{name}.png".encode() for name in "abc")
+        for asked, row in (
+            (None, {"image": ["a.png", "b.png", "c.png"]}),
+            (None, {"images": ["a.png", "b.png", "c.png"]}),
+            (["x", "y"], {"y": ["b.png", "c.png"], "x": "a.png"}),
+        ):
+            columns = {"image": asked} if asked else {}
+            [sample] = read_lines(tmp_path, row, columns=columns)
+            assert (sample.image, [*sample.more_images]) == (a, [b, c])
+            assert sample.sample_id == "a.png"
+
+    def test_rows_of_the_same_images_are_given_together_and_hold_the_same(
+        self, tmp_path: Path
+    ) -> None:
+        write_images(tmp_path, "a.png", "b.png")
+        lists = [["a.png", "b.png"], ["a.png"], ["b.png", "a.png"], ["a.png", "b.png"], ["a.png"]]
+        samples = read_lines(tmp_path, *({"image": each} for each in lists))
+        assert [sample.index for sample in samples] == [0, 3, 1, 4, 2]
+        assert [sample.image for sample in samples] == [b"a.png"] * 4 + [b"b.png"]
+        assert [[*s.more_images] for s in samples] == [[b"b.png"]] * 2 + [[]] * 2 + [[b"a.png"]]
+        assert samples[0].more_images[0] is samples[1].more_images[0]
+
+    def test_one_that_is_gone_fails_its_rows_alone(self, tmp_path: Path) -> None:
+        write_images(tmp_path, "a.png")
+        lists = [["a.png", "gone.png"], ["a.png", "a.png"]]
+        gone, fine = read_lines(tmp_path, *({"image": each} for each in lists))
+        assert isinstance(gone.image_error, ImageMissing)
+        assert str(gone.image_error).startswith("image 2 of 2: ")
+        assert "gone.png" in str(gone.image_error)
+        assert gone.n_bytes == 0
+        assert (fine.image, [*fine.more_images]) == (b"a.png", [b"a.png"])
+
+    def test_a_column_without_an_image_is_named(self, tmp_path: Path) -> None:
+        write_images(tmp_path, "a.png")
+        rows = [{"x": "a.png", "y": ""}, {"x": "a.png", "y": "a.png"}]
+        broken, fine = by_index(read_lines(tmp_path, *rows, columns={"image": ["x", "y"]}))
+        assert "column 'y' names no image" in str(broken.image_error)
+        assert len(fine.more_images) == 1
+
+    def test_rows_that_are_filtered_out_bring_no_error(self, tmp_path: Path) -> None:
+        write_images(tmp_path, "a.png", "b.png")
+        rows = [{"image": ["a.png", "b.png"], "n": n} for n in range(3)]
+        rows += [{"image": ["gone.png", "b.png"], "n": 0}]
+        samples = read_lines(tmp_path, *rows, where="n == 1")
+        assert [s.skip is None for s in samples] == [False, True, False, False]
+        assert [s.image_error for s in samples] == [None] * 4
+        assert samples[1].n_bytes == 10
 
 
 class TestColumns:

@@ -315,7 +315,9 @@ class TestImages:
             ({"a": [PNG], "b": [PNG]}, None, "may be any of a, b"),
             ({"url": ["x"], "path": ["y"]}, None, "may be any of url, path"),
             ({"caption": ["x"], "n": [1]}, None, "there are caption (string), n (int64)"),
-            ({"images": [[PNG]]}, None, "is none that is known"),
+            ({"images": [["x"]]}, None, "is none that is known"),
+            ({"images": [[PNG]], "others": [[PNG]]}, None, "may be any of images, others"),
+            ({"image": [[[PNG]]]}, "image", "several are a list of these"),
             ({"n": [1]}, "n", "column 'n' is int64; an image is binary"),
             ({"image": [PNG]}, "imgae", "there is no column 'imgae'; there are image (binary)"),
         ],
@@ -328,6 +330,93 @@ class TestImages:
             source_of(path, columns={"image": asked}).keep_types()
         assert str(error.value).startswith(f"source.columns.image: {path}: ")
         assert named in str(error.value)
+
+
+class TestSeveral:
+    """Rows of several images."""
+
+    FIELD = pa.list_(IMAGE_STRUCT)
+
+    def test_columns_in_the_order_of_the_spec(self, tmp_path: Path) -> None:
+        a, b = pictures(2)
+        for names, expected in ((["left", "right"], (a, [b])), (["right", "left"], (b, [a]))):
+            columns = {"left": [a], "right": [{"bytes": b, "path": "b.png"}]}
+            path = write(tmp_path / "a.parquet", columns)
+            [sample] = read_file(path, columns={"image": names})
+            assert (sample.image, [*sample.more_images]) == expected
+
+    @pytest.mark.parametrize("asked", [None, "pictures"])
+    def test_a_column_of_lists_of_any_length(self, tmp_path: Path, asked: str | None) -> None:
+        images = pictures(3)
+        structs = [{"bytes": image, "path": None} for image in images]
+        for kind, cells in ((pa.list_(pa.binary()), images), (self.FIELD, structs)):
+            lists = pa.array([cells, cells[:1], cells[:2]], kind)
+            path = write(tmp_path / "a.parquet", {"pictures": lists, "url": ["x", "y", "z"]})
+            columns = {"image": asked} if asked else {}
+            path = write(path, {"pictures": lists}) if asked is None else path
+            samples = read_file(path, columns=columns)
+            assert [s.image for s in samples] == images[:1] * 3
+            assert [[*s.more_images] for s in samples] == [images[1:], [], images[1:2]]
+
+    def test_paths_are_fetched_and_what_is_in_the_row_is_not(self, tmp_path: Path) -> None:
+        a, b, c = pictures(3)
+        (tmp_path / "b.png").write_bytes(b)
+        (tmp_path / "c.png").write_bytes(c)
+        mixed = [{"bytes": a, "path": "gone.png"}, {"bytes": None, "path": "b.png"}]
+        columns = {"own": pa.array([mixed], self.FIELD), "other": ["c.png"]}
+        path = write(tmp_path / "a.parquet", columns)
+        [sample] = read_file(path, columns={"image": ["own", "other"]})
+        assert (sample.image, [*sample.more_images]) == (a, [b, c])
+
+    def test_an_image_that_is_missing_is_named(self, tmp_path: Path) -> None:
+        a, b = pictures(2)
+        columns = {"left": [a, a, None], "right": [b, None, b]}
+        path = write(tmp_path / "a.parquet", columns)
+        fine, *broken = read_file(path, columns={"image": ["left", "right"]})
+        assert (fine.image, [*fine.more_images], fine.image_error) == (a, [b], None)
+        for sample, number in zip(broken, (2, 1), strict=True):
+            assert isinstance(sample.image_error, ImageMissing)
+            assert f"image {number} of 2: " in str(sample.image_error)
+            assert "columns 'left' and 'right' hold no image" in str(sample.image_error)
+            assert (sample.image, [*sample.more_images]) == (None, [])
+
+    @pytest.mark.parametrize("cell", [[], None, [None]])
+    def test_a_list_without_an_image_is_a_failed_row(self, tmp_path: Path, cell: Any) -> None:
+        column = pa.array([cell, pictures(2)], pa.list_(pa.binary()))
+        path = write(tmp_path / "a.parquet", {"images": column})
+        empty, fine = read_file(path)
+        assert isinstance(empty.image_error, ImageMissing)
+        assert len(fine.more_images) == 1
+
+    def test_one_that_cannot_be_fetched_fails_its_row_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(PNG)
+        lists = [["a.png", "gone.png", "a.png"], ["a.png", "a.png"]]
+        path = write(tmp_path / "a.parquet", {"images": lists})
+        broken, fine = read_file(path, columns={"image": "images"})
+        assert "image 2 of 3: " in str(broken.image_error)
+        assert "gone.png" in str(broken.image_error)
+        assert (fine.image, [*fine.more_images]) == (PNG, [PNG])
+
+    def test_rows_that_are_filtered_out_bring_none(self, tmp_path: Path) -> None:
+        columns = {"images": [pictures(2), pictures(2)], "n": [1, 2]}
+        path = write(tmp_path / "a.parquet", columns)
+        out, kept = read_file(path, where="n > 1")
+        assert (out.n_bytes, kept.n_bytes) == (0, sum(map(len, pictures(2))))
+        assert out.skip
+
+    @pytest.mark.parametrize(
+        ("names", "told"),
+        [
+            (["left", "rihgt"], "there is no column 'rihgt'"),
+            (["left", "n"], "column 'n' is int64"),
+        ],
+    )
+    def test_each_column_has_to_be_one_of_images(
+        self, tmp_path: Path, names: list[str], told: str
+    ) -> None:
+        path = write(tmp_path / "a.parquet", {"left": [PNG], "right": [PNG], "n": [1]})
+        with pytest.raises(SpecError, match=told):
+            source_of(path, columns={"image": names}).keep_types()
 
 
 class TestColumns:

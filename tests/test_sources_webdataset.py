@@ -6,7 +6,7 @@ import random
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
@@ -247,6 +247,49 @@ class TestImages:
             tar.addfile(info, io.BytesIO(bytes(100)))
         [sample], _ = read_raw(tmp_path, file.getvalue())
         assert "member .png is stored as a sparse file; write" in str(sample.error)
+
+
+class TestSeveral:
+    """Samples of several images."""
+
+    LEFT, RIGHT = image_bytes(color=(1, 0, 0)), image_bytes(color=(2, 0, 0))
+    PAIR: ClassVar = {"image": ["left.png", ".Right.PNG"]}
+
+    def test_members_in_the_order_of_the_spec_not_of_the_tar(self, tmp_path: Path) -> None:
+        members = [("a.right.png", self.RIGHT), ("a.left.png", self.LEFT), ("a.png", PNG)]
+        [sample] = read_members(tmp_path, members, columns=self.PAIR)
+        assert (sample.image, [*sample.more_images]) == (self.LEFT, [self.RIGHT])
+
+    def test_one_suffix_in_a_list_is_one_suffix(self, tmp_path: Path) -> None:
+        members = [("a.left.png", self.LEFT), ("a.png", PNG)]
+        [sample] = read_members(tmp_path, members, columns={"image": ["left.png"]})
+        assert (sample.image, [*sample.more_images]) == (self.LEFT, [])
+
+    @pytest.mark.parametrize(("there", "number"), [("left", 2), ("right", 1)])
+    def test_a_missing_member_is_a_failed_row_that_names_it(
+        self, tmp_path: Path, there: str, number: int
+    ) -> None:
+        both = [("b.left.png", self.LEFT), ("b.right.png", self.RIGHT)]
+        members = [(f"a.{there}.png", PNG), *both]
+        broken, fine = read_members(tmp_path, members, columns=self.PAIR)
+        missing = {"left": "right", "right": "left"}[there]
+        assert isinstance(broken.error, ImageMissing)
+        assert str(broken.error).startswith(f"image {number} of 2: ")
+        assert f"sample 'a' has no image member (.{missing}.png)" in str(broken.error)
+        assert broken.n_bytes == 0
+        assert (fine.error, fine.image, [*fine.more_images]) == (None, self.LEFT, [self.RIGHT])
+
+    def test_a_member_that_is_too_large_is_named(self, tmp_path: Path) -> None:
+        members = [("a.left.png", PNG), ("a.right.png", bytes(1000))]
+        [sample] = read_members(tmp_path, members, columns=self.PAIR, max_image_bytes=999)
+        assert isinstance(sample.image_error, ImageTooLarge)
+        assert str(sample.image_error).startswith("image 2 of 2: ")
+        assert "member .right.png has 1000 bytes" in str(sample.image_error)
+
+    @pytest.mark.parametrize("names", [[], [""], ["jpg", "jpg"], ["jpg", ""]])
+    def test_each_image_is_named_once(self, names: list[str]) -> None:
+        with pytest.raises(ValueError, match=r"name (each|the) image"):
+            spec_of("x", columns={"image": names})
 
 
 class TestColumns:

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import pyarrow as pa
 
 from pipeline.coverage import Ranges
-from schemas.errors import RowError
+from schemas.errors import RowError, about_image
 
 KEY = "__key__"
 """The column that every format has: the source's own name of a row."""
@@ -68,18 +68,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a shard: an image as it lies in the store, not yet decoded.
+    """One row of a shard: an image as it lies in the store, not yet decoded, or several.
 
     `questions` is null where the source has none for this row, and a RowError where they cannot be
     known. `image_error` is set where the row is known and its image cannot be had: each of its
     questions fails with it. `error` is set where the row itself cannot be read: it has one failed
-    answer, whatever is asked. With either, there is no image. `skip`: why the row is not asked
+    answer, whatever is asked. With either, there is no image. `more_images`: those behind the
+    first, null as that is where one is still to be fetched. `skip`: why the row is not asked
     anything. `fields`: the values of the columns that are looked at.
     """
 
     index: int
     sample_id: str
     image: bytes | None = None
+    more_images: Sequence[bytes | None] = ()
     image_error: RowError | None = None
     questions: Sequence[Question] | RowError | None = None
     conversation: Sequence[Turn] | RowError | None = None
@@ -93,13 +95,31 @@ class Sample:
         """Whether anything is to be asked about it."""
         return self.skip is None and self.image_error is None and self.error is None
 
-    def with_image(self, image: bytes | RowError | None) -> "Sample":
-        """The sample with its image as it was fetched; None where nobody has asked for it."""
-        if image is None or self.error is not None or self.image_error is not None:
+    @property
+    def n_bytes(self) -> int:
+        """Of its images, as far as they are there."""
+        return sum(len(image or b"") for image in (self.image, *self.more_images))
+
+    def without_images(self) -> "Sample":
+        """The sample as if its images were still to be fetched."""
+        return replace(self, image=None, more_images=(None,) * len(self.more_images))
+
+    def with_images(self, fetched: Sequence[bytes | RowError | None]) -> "Sample":
+        """The sample with its images as they were fetched; None for one that is in the row.
+
+        Nothing changes where none was: nobody has asked for them.
+        """
+        if self.error is not None or self.image_error is not None:
             return self
-        if isinstance(image, RowError):
-            return replace(self, image_error=image)
-        return replace(self, image=image)
+        if all(image is None for image in fetched):
+            return self
+        images = [self.image, *self.more_images]
+        for number, image in enumerate(fetched):
+            if isinstance(image, RowError):
+                error = about_image(image, number=number + 1, count=len(images))
+                return replace(self.without_images(), image_error=error)
+            images[number] = images[number] if image is None else image
+        return replace(self, image=images[0], more_images=images[1:])
 
 
 class Reading(Generic[T]):

@@ -3,6 +3,8 @@
 Pure: schemas and arrays in, names, types and values out.
 """
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 import pyarrow.types as pt
 
@@ -21,21 +23,22 @@ class Unfit(Exception):
     """Columns or values that are not what is needed; the text says why."""
 
 
-def image_column(schema: pa.Schema, asked: str | None) -> str:
-    """The column with the images: the one that is asked for, else the only one that can be meant.
+def image_columns(schema: pa.Schema, asked: Sequence[str]) -> Sequence[str]:
+    """The columns with the images: those that are asked for, else the only one that can be meant.
 
     Raises Unfit with the columns that there are.
     """
-    if asked is not None:
-        if not is_image(column_type(schema, asked)):
+    for name in asked:
+        if not is_image(column_type(schema, name)):
             raise Unfit(
-                f"column {asked!r} is {schema.field(asked).type}; an image is binary, a struct "
-                "{bytes, path}, or text that is a path or a URL"
+                f"column {name!r} is {schema.field(name).type}; an image is binary, a struct "
+                "{bytes, path}, or text that is a path or a URL; several are a list of these"
             )
+    if asked:
         return asked
     held = [f.name for f in schema if _is_struct_of_image(f.type) or _is_bytes(f.type)]
     named = [f.name for f in schema if _is_text(f.type) and f.name.lower() in IMAGE_NAMES]
-    found = held or named
+    found = held or named or [f.name for f in schema if _are_images(f.type)]
     if len(found) > 1:
         found = [name for name in held if name.lower() in IMAGE_NAMES] or found
     if len(found) != 1:
@@ -44,7 +47,7 @@ def image_column(schema: pa.Schema, asked: str | None) -> str:
             f"the column with the images {problem}; name it in source.columns.image; "
             f"there are {listed(schema)}"
         )
-    return str(found[0])
+    return [str(found[0])]
 
 
 def column_type(schema: pa.Schema, name: str) -> pa.DataType:
@@ -67,9 +70,22 @@ def _short(kind: pa.DataType) -> str:
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Whether a column of this type can hold images, or say where they are."""
+    """Whether a column of this plain type can hold images, or say where they are."""
+    if is_list(kind):
+        return not is_list(kind.value_type) and is_image(kind.value_type)
     bytes_like = _is_bytes(kind) or pt.is_fixed_size_binary(kind)
     return bytes_like or _is_text(kind) or _is_struct_of_image(kind) or bool(pt.is_null(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Of a plain type."""
+    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
+
+
+def _are_images(kind: pa.DataType) -> bool:
+    """Whether each value is a list of images as they are, not of where they are."""
+    kind = plain(kind)
+    return is_list(kind) and (_is_bytes(kind.value_type) or _is_struct_of_image(kind.value_type))
 
 
 def _is_struct_of_image(kind: pa.DataType) -> bool:

@@ -17,6 +17,7 @@ import asyncio
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -99,6 +100,19 @@ class Fetcher:
             for _, future in window:
                 if future is not None:
                     future.cancel()
+
+    def fetch_all(
+        self, asked: Iterable[tuple[T, Sequence[str | None]]]
+    ) -> Generator[tuple[T, list[bytes | RowError | None]], None, None]:
+        """As `fetch_for`, with all images that an item has."""
+        each = (((item, len(uris)), uri) for item, uris in asked for uri in uris or (None,))
+        images: list[bytes | RowError | None] = []
+        with closing(self.fetch_for(each)) as fetched:
+            for (item, count), image in fetched:
+                images.append(image)
+                if len(images) >= count:
+                    yield item, images
+                    images = []
 
     def _has_room(self, window: _Window[T]) -> bool:
         guess = max(self._sizes)

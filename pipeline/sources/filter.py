@@ -30,7 +30,7 @@ def marked(asked: Iterable[tuple[Sample, T]], where: Where | None) -> Iterator[t
     try:
         for sample, companion in asked:
             waiting.append((sample, companion))
-            n_bytes += len(sample.image or b"")
+            n_bytes += sample.n_bytes
             if len(waiting) == MOST_ROWS or n_bytes >= MOST_BYTES:
                 yield from _told_apart(waiting, where)
                 waiting, n_bytes = [], 0
@@ -50,6 +50,6 @@ def _judged(sample: Sample, holds: bool | FilterFailed, where: Where) -> Sample:
     if holds is True or sample.error is not None:
         return sample
     if isinstance(holds, FilterFailed):
-        return dataclasses.replace(sample, image=None, image_error=holds)
+        return dataclasses.replace(sample.without_images(), image_error=holds)
     skip = f"source.where does not hold: {where.text}"
-    return dataclasses.replace(sample, image=None, skip=skip)
+    return dataclasses.replace(sample.without_images(), skip=skip)

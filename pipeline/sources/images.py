@@ -91,7 +91,7 @@ class Images:
             for pair in marked(named, self._where)
         )
         for (sample, shard), image in self._fetcher.fetch_for(asked):
-            yield shard, sample.with_image(image)
+            yield shard, sample.with_images([image])
 
     def _sample(self, shard: Shard) -> Sample:
         """Without its image."""

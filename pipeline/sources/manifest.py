@@ -5,15 +5,17 @@ the number of its line, blank ones not counted, or its position in the list. `ma
 what a row may look like. A row that cannot be read is a failed row; so is the first row that is
 lost where the file breaks off.
 
-Rows are given image by image, images by their first row, so that each is fetched once. For that the
-rows of a file are put aside on the local disk before the first of them is given. Large files are
-listed in pieces; each is read whole, and takes its share of the images.
+Rows are given image by image, images by their first row, so that each is fetched once; rows on
+several images stand together where these are the same, in the same order. For that the rows of a
+file are put aside on the local disk before the first of them is given. Large files are listed in
+pieces; each is read whole, and takes its share of the images.
 
 Where VQA's annotation JSON is given beside the questions (`*questions*.json`,
 `*annotations*.json`), its columns can be kept as if the questions had them; it has no rows itself.
 """
 
 import itertools
+import json
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, closing
@@ -30,7 +32,14 @@ from pipeline.sources.fetch import Fetcher
 from pipeline.sources.filter import marked
 from pipeline.sources.grouping import PutAside, hash_of
 from pipeline.sources.jsonrows import Entry, Layout, NoRow, open_rows
-from pipeline.sources.manifestrows import IMAGE_NAMES, Line, ManifestRows, Row, image_column
+from pipeline.sources.manifestrows import (
+    IMAGE_NAMES,
+    Line,
+    ManifestRows,
+    Row,
+    image_column,
+    names_in,
+)
 from pipeline.sources.uris import shard_of, told_apart
 from pipeline.storage import StoredFile, list_files
 from pipeline.where import columns_of, where_of
@@ -52,7 +61,7 @@ LINES_AT_ONCE = 128
 
 
 class _Lines(NamedTuple):
-    """Rows of one image; `is_first`: there were none of it before."""
+    """Rows of the same images; `is_first`: there were none of them before."""
 
     samples: Sequence[Sample]
     is_first: bool
@@ -112,12 +121,12 @@ class Manifest:
                 self._expect_questions(scan)
             named = _named_samples(aside, scan.rows(self._fields), annotations)
             asked = self._asked(marked(named, self._where), beside=shard.place)
-            fetched = stack.enter_context(closing(self._fetcher.fetch_for(asked)))
-            image: bytes | RowError | None = None
+            fetched = stack.enter_context(closing(self._fetcher.fetch_all(asked)))
+            images: Sequence[bytes | RowError | None] = ()
             for some, found in fetched:
-                image = found if some.is_first or found is not None else image
+                images = found if some.is_first or any(i is not None for i in found) else images
                 for sample in some.samples:
-                    yield sample.with_image(image)
+                    yield sample.with_images(images)
             if scan.error is not None and scan.is_wanted(scan.rows_total - 1):
                 yield Sample(scan.rows_total - 1, "", error=scan.error)
         return scan.rows_total
@@ -141,24 +150,24 @@ class Manifest:
             ) from error
 
     def _asked(
-        self, named: Iterable[tuple[Sample, str | None]], *, beside: str
-    ) -> Iterator[tuple[_Lines, str | None]]:
-        """Rows to be given together, with the URI of their image where that is to be fetched."""
-        for name, group in itertools.groupby(named, key=itemgetter(1)):
-            uri = None if name is None else self._fetcher.resolve(name, beside=beside)
+        self, named: Iterable[tuple[Sample, tuple[str, ...]]], *, beside: str
+    ) -> Iterator[tuple[_Lines, Sequence[str]]]:
+        """Rows to be given together, with the URIs of their images where they are to be fetched."""
+        for names, group in itertools.groupby(named, key=itemgetter(1)):
+            uris = [self._fetcher.resolve(name, beside=beside) for name in names]
             is_first = True
             while samples := [sample for sample, _ in itertools.islice(group, LINES_AT_ONCE)]:
                 is_wanted = any(sample.wants_image for sample in samples)
-                yield _Lines(samples, is_first), uri if is_wanted else None
-                is_first, uri = False, None if is_wanted else uri
+                yield _Lines(samples, is_first), uris if is_wanted else ()
+                is_first, uris = False, [] if is_wanted else uris
 
 
 def _named_samples(
     aside: PutAside, rows: ManifestRows, annotations: Annotations
-) -> Iterator[tuple[Sample, str | None]]:
-    """What was put aside as samples, with the image as each row names it."""
+) -> Iterator[tuple[Sample, tuple[str, ...]]]:
+    """What was put aside as samples, with the images as each row names them."""
     for line in itertools.starmap(Line, aside.grouped()):
-        yield rows.sample(line, beside=annotations.of(line.row)), rows.image_of(line)
+        yield rows.sample(line, beside=annotations.of(line.row)), rows.images_of(line)
 
 
 class _Scan:
@@ -169,7 +178,7 @@ class _Scan:
 
     def __init__(self, spec: SourceSpec, shard: Shard, aside: PutAside, *, skip: Ranges) -> None:
         self._spec, self._shard, self._aside, self._skip = spec, shard, aside, skip
-        self._image: str | None = spec.columns.image
+        self._images = spec.columns.images
         self._header: Mapping[str, Any] = {}
         self.name = shard.uri
         self.layout: Layout = "lines"
@@ -195,10 +204,10 @@ class _Scan:
 
     def rows(self, fields: AbstractSet[str]) -> ManifestRows:
         """How to understand what was put aside."""
-        is_named_by_number = self._image is None and self.layout == "questions"
-        image = None if is_named_by_number else self._image or IMAGE_NAMES[0]
+        is_named_by_number = not self._images and self.layout == "questions"
+        images = () if is_named_by_number else self._images or IMAGE_NAMES[:1]
         return ManifestRows(
-            self._shard.uri, spec=self._spec, image=image, header=self._header, fields=fields
+            self._shard.uri, spec=self._spec, images=images, header=self._header, fields=fields
         )
 
     def is_wanted(self, index: int, key: str | None = None) -> bool:
@@ -212,13 +221,13 @@ class _Scan:
         index = self.rows_total
         self.rows_total += 1
         # Which column holds the image is told by the first rows, given or not.
-        if index in self._skip and self._image is not None:
+        if index in self._skip and self._images:
             return
         row: Row | str
         key = None
         try:
             row = entry.row()
-            self._image = self._image or image_column(row)
+            self._images = self._images or image_column(row)
             key = self._key(row)
         except NoRow as reason:
             row = str(reason)
@@ -227,10 +236,11 @@ class _Scan:
 
     def _key(self, row: Row) -> str | None:
         """What rows of one image have in common."""
-        value = row.get(self._image or "image_id")
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        return str(value) if isinstance(value, str | int) and value != "" else None
+        columns = self._images or ("image_id",)
+        values = [value for column in columns for value in names_in(row.get(column))]
+        if not all(isinstance(value, str | int) and value != "" for value in values):
+            return None
+        return json.dumps(values) if len(values) > 1 else "".join(map(str, values)) or None
 
 
 def _lone(index: int) -> str:

@@ -2,8 +2,9 @@
 
 Reads nothing and fetches nothing. What is understood without any setting, by the shape of a row:
 
-    image           the first of IMAGE_NAMES that a row of the file has; of VQA's questions without
-                    any of them, the file that VQA means by image_id: COCO_val2014_000000262148.jpg
+    image           the first of IMAGE_NAMES that a row of the file has, one image or a list; of
+                    VQA's questions without any of them, the file that VQA means by image_id:
+                    COCO_val2014_000000262148.jpg
     questions       the column `questions`, a list of {id, question} or texts, or one text
     question_id     with `question` or `text`: the row's one question, under this id (VQA, LLaVA's
                     question files); `question` alone is the question `q0`
@@ -12,7 +13,7 @@ Reads nothing and fetches nothing. What is understood without any setting, by th
                     question continues, and where the human has the last word, that is the question
 
 From texts of LLaVA's, image marks are taken out. A row's own name, `__key__`, is its `id`, else its
-image as written.
+first image as written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from schemas.errors import (
 )
 from schemas.job import ColumnsSpec, SourceSpec
 
-IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "url", "uri", "img")
+IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "url", "uri", "img", "images")
 """What columns of images are called."""
 IMAGE_MARK = "<image>"
 TALK = "conversations"
@@ -57,7 +58,7 @@ class Line:
 
 
 class ManifestRows:
-    """The rows of one file. `image`: the column with the images; None where VQA names them.
+    """The rows of one file. `images`: the columns with the images; none where VQA names them.
 
     `header`: what VQA's file says of all its rows.
     """
@@ -67,21 +68,21 @@ class ManifestRows:
         uri: str,
         *,
         spec: SourceSpec,
-        image: str | None,
+        images: Sequence[str],
         header: Mapping[str, Any],
         fields: AbstractSet[str],
     ) -> None:
         self._name = shown(uri)
         self._keep, self._columns = spec.keep, spec.columns
         self._fields = fields
-        self._image, self._header = image, header
+        self._images, self._header = images, header
 
-    def image_of(self, line: Line) -> str | None:
-        """The image as the row names it; None where the row has none."""
+    def images_of(self, line: Line) -> tuple[str, ...]:
+        """The images as the row names them; none where it lacks one."""
         try:
-            return self._named(line.row) if isinstance(line.row, Mapping) else None
+            return self._named(line.row) if isinstance(line.row, Mapping) else ()
         except _NoImage:
-            return None
+            return ()
 
     def sample(self, line: Line, *, beside: Row | None = None) -> Sample:
         """Without its image. `beside`: what else is known of the row, to be kept."""
@@ -90,16 +91,18 @@ class ManifestRows:
         if not isinstance(row, Mapping):
             error = ManifestMalformed(f"{subject}: {row}; write one JSON object for each row")
             return Sample(line.index, "", error=error)
-        name, missing = "", None
+        images: tuple[str, ...] = ("",)
+        missing = None
         try:
-            name = shown(self._named(row))
+            images = self._named(row)
         except _NoImage as reason:
             missing = ImageMissing(f"{subject}: {reason}")
-        key = label(row.get("id"), default=name)
+        key = label(row.get("id"), default=shown(images[0]))
         columns = {KEY: key, **(beside or {}), **row}
         return Sample(
             index=line.index,
             sample_id=label(columns.get(self._columns.id), default=key),
+            more_images=(None,) * (len(images) - 1),
             image_error=missing,
             questions=self._questions(row, subject=subject),
             conversation=self._conversation(row, subject=subject),
@@ -107,20 +110,23 @@ class ManifestRows:
             fields={name: columns.get(name) for name in self._fields},
         )
 
-    def _named(self, row: Row) -> str:
-        """Raises _NoImage."""
-        if self._image is None:
-            return _vqa_name(row, self._header)
-        value = row.get(self._image)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, str) and value:
-            return value
+    def _named(self, row: Row) -> tuple[str, ...]:
+        """One at least. Raises _NoImage."""
+        if not self._images:
+            return (_vqa_name(row, self._header),)
+        return tuple(name for column in self._images for name in self._listed(row, column))
+
+    def _listed(self, row: Row, column: str) -> Sequence[str]:
+        named = names_in(row.get(column))
+        if named and all(isinstance(name, str) and name for name in named):
+            return named
+        told = "names no image"
+        if len(named) > 1:
+            told += f" at place {_place(named)} of {len(named)}"
         there = ", ".join(list(row)[:MOST_LISTED]) or "nothing"
-        told = "lists several images" if isinstance(value, list) and value else "names no image"
         raise _NoImage(
-            f"column {self._image!r} {told} (the row has {there}); name the column that holds the "
-            "path or URI of one image in source.columns.image"
+            f"column {column!r} {told} (the row has {there}); name the column that holds the "
+            "path or URI of the image, or a list of them, in source.columns.image"
         )
 
     def _questions(
@@ -152,9 +158,19 @@ class _NoImage(Exception):
     """Why a row has no image."""
 
 
-def image_column(row: Row) -> str | None:
+def names_in(value: object) -> Sequence[Any]:
+    """What a column says of its images: of one, or of each of a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def _place(named: Sequence[object]) -> int:
+    """Of the first that is no name; from 1."""
+    return next(n for n, name in enumerate(named, 1) if not (isinstance(name, str) and name))
+
+
+def image_column(row: Row) -> tuple[str, ...]:
     """The column that holds the image, if this row tells it."""
-    return next((name for name in IMAGE_NAMES if row.get(name)), None)
+    return next(((name,) for name in IMAGE_NAMES if row.get(name)), ())
 
 
 def _vqa_name(row: Row, header: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 The image is in a binary column, in a struct {bytes, path} as Hugging Face's `datasets` writes it,
 or in a text column as a path or URL and then fetched, as it is where a struct has a path only. A
-row's index is its place in the file. Its own name, `__key__`, is the column of that name, else the
-path or URL of the image, else the index.
+list of these is several images. A row's index is its place in the file. Its own name, `__key__`, is
+the column of that name, else the path or URL of the first image, else the index.
 
 Large files are listed in pieces, which take whole row groups. Each lost row is a failed row, since
 a file says how many it has; a file that does not is one failed row, and its first piece says so.
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.coverage import Ranges
 from pipeline.sources.base import KEY, Sample, Shard
-from pipeline.sources.columns import Unfit, column_type, has_null_type, image_column
+from pipeline.sources.columns import Unfit, column_type, has_null_type, image_columns
 from pipeline.sources.fetch import Fetcher
 from pipeline.sources.filter import marked
 from pipeline.sources.rowgroups import GroupBroken, RowGroups, open_row_groups
@@ -36,8 +36,8 @@ PIECE_BYTES = 128 * 2**20
 MOST_LOOKED_AT = 32
 """Files that are opened for the types, where those before are damaged or hold only nulls."""
 
-_Asked = tuple[Sample, str | None]
-"""A sample, and the URI of its image where that is still to be fetched."""
+_Asked = tuple[Sample, Sequence[str | None]]
+"""A sample, and the URI of each of its images that is still to be fetched; none where none is."""
 
 
 class Parquet:
@@ -112,9 +112,9 @@ class Parquet:
         try:
             with open_row_groups(shard.place, self._spec.storage) as table:
                 asked = self._asked(table, shard, skip=skip)
-                with closing(self._fetcher.fetch_for(asked)) as fetched:
-                    for sample, image in fetched:
-                        yield sample.with_image(image)
+                with closing(self._fetcher.fetch_all(asked)) as fetched:
+                    for sample, images in fetched:
+                        yield sample.with_images(images)
                 return table.rows
         except ShardUnreadable as error:
             if shard.piece[0] == 0 and 0 not in skip:
@@ -122,7 +122,7 @@ class Parquet:
             return 1
 
     def _asked(self, table: RowGroups, shard: Shard, *, skip: Ranges) -> Iterator[_Asked]:
-        """The rows of a shard's piece, each with the URI of its image if that is wanted."""
+        """The rows of a shard's piece, each with the URIs of its images if they are wanted."""
         if self._keep is None:
             self.keep_types()
         rows = TableRows(
@@ -135,14 +135,15 @@ class Parquet:
         number, pieces = shard.piece
         groups = len(table.ranges)
         for group in range(groups * number // pieces, groups * (number + 1) // pieces):
-            for sample, path in marked(_samples(table, group, rows, skip=skip), self._where):
-                uri = path and self._fetcher.resolve(path, beside=shard.place)
-                yield sample, uri if sample.wants_image else None
+            for sample, paths in marked(_samples(table, group, rows, skip=skip), self._where):
+                wanted = paths if sample.wants_image else ()
+                uris = [path and self._fetcher.resolve(path, beside=shard.place) for path in wanted]
+                yield sample, uris
 
 
 def _samples(
     table: RowGroups, group: int, rows: TableRows, *, skip: Ranges
-) -> Iterator[tuple[Sample, str | None]]:
+) -> Iterator[tuple[Sample, Sequence[str | None]]]:
     """The rows of a row group; those that are lost in it, too."""
     at, stop = table.ranges[group]
     wanted = Ranges.of([(at, stop)]) - skip
@@ -162,18 +163,19 @@ def _samples(
         )
         for index in range(at, stop):
             if index in wanted:
-                yield Sample(index, str(index), error=reason), None
+                yield Sample(index, str(index), error=reason), ()
 
 
 def _check_columns(schema: pa.Schema, spec: SourceSpec, *, uri: str) -> None:
     """Raises SpecError for what the spec says of the columns and the file does not have."""
     default = ColumnsSpec()
-    asked = {
-        f"source.columns.{key}": getattr(spec.columns, key)
+    asked = [
+        (f"source.columns.{key}", name)
         for key in ColumnsSpec.model_fields
-        if getattr(spec.columns, key) != getattr(default, key)
-    }
-    for key, name in (*asked.items(), *(("source.keep", name) for name in spec.keep)):
+        if (named := getattr(spec.columns, key)) != getattr(default, key)
+        for name in ([named] if isinstance(named, str) else named)
+    ]
+    for key, name in (*asked, *(("source.keep", name) for name in spec.keep)):
         if name == KEY and name not in schema.names:
             continue
         try:
@@ -183,7 +185,7 @@ def _check_columns(schema: pa.Schema, spec: SourceSpec, *, uri: str) -> None:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise SpecError(f"{key}: {uri}: {error}{hint}") from error
     try:
-        image_column(schema, spec.columns.image)
+        image_columns(schema, spec.columns.images)
     except Unfit as error:
         raise SpecError(f"source.columns.image: {uri}: {error}") from error
 

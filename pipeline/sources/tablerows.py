@@ -12,12 +12,21 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from pipeline.sources.base import KEY, Question, Sample, Turn, valid_text
-from pipeline.sources.columns import Unfit, fitted, image_column
+from pipeline.sources.columns import Unfit, fitted, image_columns, is_list
 from pipeline.sources.jsonvalues import parsed
 from pipeline.sources.questions import parse_conversation, parse_questions
 from pipeline.sources.uris import shown
-from schemas.errors import ColumnMalformed, ConversationMalformed, ImageMissing, QuestionsMalformed
+from schemas.errors import (
+    ColumnMalformed,
+    ConversationMalformed,
+    ImageMissing,
+    QuestionsMalformed,
+    about_image,
+)
 from schemas.job import SourceSpec
+
+_Image = tuple[bytes | None, str | None]
+"""The bytes of an image and its path, as far as they are there."""
 
 
 class TableRows:
@@ -35,39 +44,53 @@ class TableRows:
         self.uri = uri
         self._keep = keep
         self._columns = spec.columns
-        self._image, self._no_image = _image_of(schema, spec.columns.image)
-        names = (self._image, KEY, spec.columns.id, spec.columns.questions)
+        self._images, self._no_image = _images_of(schema, spec.columns.images)
+        names = (*self._images, KEY, spec.columns.id, spec.columns.questions)
         self._fields = fields
         asked = {*names, spec.columns.conversation, *keep, *self._fields}
         known = [name for name in schema.names if schema.names.count(name) == 1]
         wanted = [name for name in known if name in asked]
         self.columns: Sequence[str] = wanted or known[:1]
 
-    def sample(self, batch: pa.RecordBatch, row: int, *, index: int) -> tuple[Sample, str | None]:
-        """The sample of a row, and where its image is if not in the row."""
+    def sample(
+        self, batch: pa.RecordBatch, row: int, *, index: int
+    ) -> tuple[Sample, Sequence[str | None]]:
+        """The sample of a row, and where each image is that is not in the row."""
         subject = f"{self.uri}: row {index}"
         cells = {name: batch.column(name)[row] for name in self.columns}
-        image, path = _image_in(cells.get(self._image or ""))
+        (first, path), *more = found = self._found(cells)
         name = _label(cells.get(KEY), default=shown(path) if path else str(index))
         keep, misfit = self._kept(batch, row, name=name, subject=subject)
-        has_image = image is not None or bool(path)
-        error = misfit or (None if has_image else self._missing(subject))
+        error = misfit or self._missing(found, subject=subject)
         sample = Sample(
             index=index,
             sample_id=_label(cells.get(self._columns.id), default=name),
-            image=None if error else image,
+            image=None if error else first,
+            more_images=() if error else [image for image, _ in more],
             image_error=error,
             questions=self._questions(cells, subject=subject),
             conversation=self._conversation(cells, subject=subject),
             keep=keep,
             fields={KEY: name} | {n: _plain(cells[n]) for n in self._fields & cells.keys()},
         )
-        return sample, path if error is None and image is None else None
+        wanted = found if error is None else ()
+        return sample, [path if image is None else None for image, path in wanted]
 
-    def _missing(self, subject: str) -> ImageMissing:
-        if self._image is None:
+    def _found(self, cells: Mapping[str, pa.Scalar]) -> list[_Image]:
+        """The images of a row, of each column one at least."""
+        found = [each for name in self._images for each in _images_in(cells.get(name))]
+        return found or [(None, None)]
+
+    def _missing(self, found: Sequence[_Image], *, subject: str) -> ImageMissing | None:
+        numbers = (n for n, (image, path) in enumerate(found, 1) if image is None and not path)
+        if (number := next(numbers, None)) is None:
+            return None
+        if not self._images:
             return ImageMissing(f"{subject}: {self._no_image}")
-        return ImageMissing(f"{subject}: column {self._image!r} holds no image and no path of one")
+        names = " and ".join(map(repr, self._images))
+        told = f"columns {names} hold" if len(self._images) > 1 else f"column {names} holds"
+        error = ImageMissing(f"{subject}: {told} no image and no path of one")
+        return about_image(error, number=number, count=len(found))
 
     def _kept(
         self, batch: pa.RecordBatch, row: int, *, name: str, subject: str
@@ -111,16 +134,22 @@ class TableRows:
         return parse_conversation(value, subject=place)
 
 
-def _image_of(schema: pa.Schema, asked: str | None) -> tuple[str | None, str]:
-    """The column with the images, or None and why there is none."""
+def _images_of(schema: pa.Schema, asked: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The columns with the images, or none and why that is."""
     try:
-        return image_column(schema, asked), ""
+        return image_columns(schema, asked), ""
     except Unfit as error:
-        return None, str(error)
+        return (), str(error)
 
 
-def _image_in(cell: pa.Scalar | None) -> tuple[bytes | None, str | None]:
-    """The bytes of an image and its path, as far as they are there."""
+def _images_in(cell: pa.Scalar | None) -> list[_Image]:
+    """The images of a cell, one at least."""
+    if cell is None or not is_list(cell.type):
+        return [_image_in(cell)]
+    return [_image_in(each) for each in cell.values or ()] or [(None, None)]
+
+
+def _image_in(cell: pa.Scalar | None) -> _Image:
     if cell is None or not cell.is_valid:
         return None, None
     if pt.is_struct(cell.type):

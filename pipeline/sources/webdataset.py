@@ -12,6 +12,7 @@ that name, which win. This module decodes no image and decides no question.
 import json
 import tarfile
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -41,6 +42,7 @@ from schemas.errors import (
     QuestionsMalformed,
     RowError,
     ShardUnreadable,
+    about_image,
 )
 from schemas.job import SourceSpec
 
@@ -76,7 +78,7 @@ class WebDataset:
     def __init__(self, spec: SourceSpec, *, fields: Collection[str] = ()) -> None:
         self.spec = spec
         columns = spec.columns
-        self.image_suffix = columns.image.lower().lstrip(".") if columns.image else None
+        self.image_suffixes = tuple(name.lower().lstrip(".") for name in columns.images)
         self._where = where_of(spec.where)
         self._fields = columns_of(self._where) | {*fields}
         asked = {columns.id, columns.questions, columns.conversation, *spec.keep, *self._fields}
@@ -140,9 +142,9 @@ class WebDataset:
             yield group
 
     def _wants(self, suffix: str, group: _Group) -> bool:
-        if suffix in self.suffixes or suffix == self.image_suffix:
+        if suffix in self.suffixes or suffix in self.image_suffixes:
             return True
-        known = self.image_suffix is None and suffix in IMAGE_SUFFIXES
+        known = not self.image_suffixes and suffix in IMAGE_SUFFIXES
         return known and IMAGE_SUFFIXES.isdisjoint(group.members)
 
     def _why_unread(self, member: tarfile.TarInfo, suffix: str) -> RowError | None:
@@ -166,21 +168,38 @@ class WebDataset:
     def _sample(self, shard: Shard, index: int, group: _Group) -> Sample:
         subject = f"{shard.uri}: sample {valid_text(group.key)!r}"
         columns = _columns(group)
-        image = self._image(group, subject=subject)
+        found = self._images(group, subject=subject)
+        image, *more = found if isinstance(found, tuple) else (None,)
         return Sample(
             index=index,
             sample_id=label(columns.values.get(self.spec.columns.id), default=group.key),
-            image=image if isinstance(image, bytes) else None,
-            image_error=image if isinstance(image, ImageTooLarge) else None,
+            image=image,
+            more_images=more,
+            image_error=found if isinstance(found, ImageTooLarge) else None,
             questions=self._questions(columns, subject=subject),
             conversation=self._conversation(columns, subject=subject),
             keep={name: json_text(columns.values.get(name)) for name in self.spec.keep},
             fields={name: columns.values.get(name) for name in self._fields},
-            error=image if isinstance(image, ImageMissing) else None,
+            error=found if isinstance(found, ImageMissing) else None,
         )
 
-    def _image(self, group: _Group, *, subject: str) -> bytes | ImageMissing | ImageTooLarge:
-        wanted = {self.image_suffix} if self.image_suffix else IMAGE_SUFFIXES
+    def _images(
+        self, group: _Group, *, subject: str
+    ) -> tuple[bytes, ...] | ImageMissing | ImageTooLarge:
+        """In the order of the spec."""
+        count = len(self.image_suffixes)
+        images = []
+        for number, suffix in enumerate(self.image_suffixes or (None,), 1):
+            wanted = IMAGE_SUFFIXES if suffix is None else {suffix}
+            image = self._image(group, wanted, subject=subject)
+            if not isinstance(image, bytes):
+                return about_image(image, number=number, count=count or 1)
+            images.append(image)
+        return tuple(images)
+
+    def _image(
+        self, group: _Group, wanted: AbstractSet[str], *, subject: str
+    ) -> bytes | ImageMissing | ImageTooLarge:
         suffix = next((name for name in group.members if name in wanted), None)
         image = None if suffix is None else group.members[suffix]
         if image is not None:
@@ -189,7 +208,7 @@ class WebDataset:
             why = group.unread[suffix]
             kind = ImageTooLarge if isinstance(why, ImageTooLarge) else ImageMissing
             return kind(f"{subject}: member .{suffix} {why}")
-        kinds = ", ".join(f".{name}" for name in sorted(wanted - {None}, key=str))
+        kinds = ", ".join(f".{name}" for name in sorted(wanted))
         there = ", ".join(f".{valid_text(name)}" for name in group.members)
         return ImageMissing(
             f"{subject} has no image member ({kinds}), only {there}; "
