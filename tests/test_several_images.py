@@ -22,7 +22,7 @@ from pipeline.read import ShardCoverage, ShardWork
 from pipeline.sources import open_source
 from schemas.errors import SpecError
 from schemas.job import ColumnsSpec, JobSpec, ModelSpec, SourceSpec
-from tests.families import saved_kind
+from tests.families import saved_kind, saved_slow
 from tests.lines import sample_table, tables_read, unfolded
 from tests.models import noise_image, shared_checkpoint
 from tests.shards import json_bytes, saved, write_shard
@@ -32,6 +32,7 @@ IMAGES = [noise_image(n, width=w, height=h) for n, (w, h) in enumerate(SIZES)]
 PNGS = [saved(image, "PNG") for image in IMAGES]
 ASK = [{"id": "red", "prompt": "Which is red?"}, {"id": "many", "prompt": "How many are there?"}]
 WHO = [{"id": "who", "turns": ["Which is red?", "And blue?"]}]
+ONE_VISION = "LLaVA-OneVision, SigLIP, Qwen2"
 FOLDERS = {
     "LLaVA": shared_checkpoint,
     "LLaVA-NeXT": lambda: saved_kind("LLaVA-NeXT, CLIP, Mistral"),
@@ -168,9 +169,12 @@ def test_choices_are_given_behind_all_images() -> None:
     assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
 
 
-@pytest.mark.parametrize("kind", ["LLaVA-OneVision, SigLIP, Qwen2"])
-def test_a_model_that_sees_several_otherwise_fails_rows_with_several(kind: str) -> None:
-    job = job_of(saved_kind(kind))
+TAKE_ONE = {"fast": lambda: saved_kind(ONE_VISION), "slow": lambda: saved_slow("Gemma3")}
+
+
+@pytest.mark.parametrize("path", TAKE_ONE)
+def test_a_model_that_takes_one_image_fails_rows_with_several(path: str) -> None:
+    job = job_of(TAKE_ONE[path]())
     several, one = unfolded(
         Encode(job, {})(sample_table([row_of(0, PNGS[:2], job), row_of(1, PNGS[:1], job)]))
     )
@@ -258,7 +262,7 @@ def test_several_columns_are_warned_of_before_the_run_and_not_again(
 
 
 def test_several_columns_are_refused_for_a_model_that_takes_one_image(tmp_path: Path) -> None:
-    job = pairs_of(tmp_path, saved_kind("LLaVA-OneVision, SigLIP, Qwen2"))
+    job = pairs_of(tmp_path, saved_kind(ONE_VISION))
     with pytest.raises(SpecError, match="puts 2 images in each prompt, and prompts of a LlavaOne"):
         plan(job)
 
