@@ -129,7 +129,8 @@ def _notes(job: JobSpec) -> Iterator[str]:
         yield f"model {job.model.path}: {repair}"
     if why := family_of(checkpoint).why_slow:
         yield f"the model takes the slow path, one prompt at a time: {why}"
-    if (count := len(job.source.columns.images)) > 1:
+    count = len(job.source.columns.images)
+    if count > 1 and not family_of(checkpoint).squares_several:
         yield f"each prompt has {count} images: {SEVERAL_IMAGES}"
 
 

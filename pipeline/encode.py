@@ -6,6 +6,7 @@ decoded in a process beside this one (`decoder.py`), its prompts are rendered he
 where the size of the image does not matter. Knows no ray and no weights.
 """
 
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,8 @@ class Encode:
         self._decoder = Decoder(self._reader.settings)
         self._scripts = scripts_of(job)
         self._entries = Entries(job, self._scripts)
-        self._has_warned = len(job.source.columns.images) > 1  # by the driver
+        # Else the driver does, or there is nothing to warn of.
+        self._warns = len(job.source.columns.images) <= 1 and not self._reader.may_see_several
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         samples = batch.select(_BUT_IMAGES).to_pylist()
@@ -69,10 +71,17 @@ class Encode:
         row["lines"] = [self._line(line, uri=row["source_uri"]) for line in sample["lines"]]
         if not any(ready(line["prompts"]) for line in row["lines"]):
             return row, []
-        if len(images) > 1 and not self._has_warned:
-            self._has_warned = True
+        if len(images) > 1 and self._warns:
+            self._warns = False
             _log.warning("%s: its rows bring several images: %s", row["source_uri"], SEVERAL_IMAGES)
-        return row, [self._decoder.submit(memoryview(image or b"")) for image in images]
+        decoder = self._decoder if len(images) == 1 else self._decoder_of_several
+        return row, [decoder.submit(memoryview(image or b"")) for image in images]
+
+    @functools.cached_property
+    def _decoder_of_several(self) -> Decoder:
+        """Another one only where each of several is resized in another way than one alone."""
+        settings = self._reader.settings_of_several
+        return self._decoder if settings == self._reader.settings else Decoder(settings)
 
     def _line(self, line: Line, *, uri: str) -> Line:
         """The line as far as it can be without pixels."""

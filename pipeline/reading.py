@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.decode_process import DecodeSettings
 from pipeline.decoder import Decoded, settings_of
 from pipeline.engine.load import load_family
-from pipeline.engine.pixels import AnyResize, Resize, pixel_table, resize_of
+from pipeline.engine.pixels import AnyResize, Resize, pixel_table, resize_of, resize_of_several
 from pipeline.tokenise import Reading, Tokeniser, choices_behind
 from schemas.errors import ProcessorRefused, SpecError
 from schemas.job import JobSpec
@@ -49,11 +49,34 @@ class Reader:
                 "makes an image is not known beforehand; set source.decode to exact"
             )
         self.settings: DecodeSettings = settings_of(job, resize)
+        self._job, self._processor = job, processor
+
+    @functools.cached_property
+    def settings_of_several(self) -> DecodeSettings:
+        """How images are decoded that are not alone in their prompts."""
+        resize = self._resize_of_several
+        return self.settings if resize is None else settings_of(self._job, resize)
+
+    @functools.cached_property
+    def _resize_of_several(self) -> Resize | None:
+        """Null where it is that of one."""
+        return resize_of_several(self._processor) if self._family.squares_several else None
 
     def check(self, images: int) -> None:
         """Raises ProcessorRefused for a prompt about more images than the model takes."""
-        if images > 1 and (why := self._family.why_one_image) is not None:
+        if images == 1:
+            return
+        why = self._family.why_one_image
+        if self._family.squares_several and self._resize_of_several is None:
+            kind = type(self._processor.image_processor).__name__
+            why = f"{kind} resizes several in a way of its own, which is not supported"
+        if why is not None:
             raise ProcessorRefused(f"the row has {images} images, and {why}; give it one")
+
+    @property
+    def may_see_several(self) -> bool:
+        """Whether the model was trained on several images in a prompt."""
+        return self._family.squares_several
 
     def always(self, images: int) -> Reading | None:
         """How prompts about so many images are read, whatever is in them; null where it depends."""
@@ -62,8 +85,9 @@ class Reader:
     def of(self, images: Sequence[Decoded]) -> Reading:
         """How prompts about these images are read."""
         if self._whole is None:
-            tokens = self._tokeniser.image_tokens
-            return self._tokeniser.placing(*[tokens.of((i.width, i.height)) for i in images])
+            tokens, among = self._tokeniser.image_tokens, len(images)
+            sizes = [(image.width, image.height) for image in images]
+            return self._tokeniser.placing(*[tokens.of(size, among=among) for size in sizes])
         [image] = images
         ids = functools.partial(self._whole.ids, image=Image.fromarray(image.array))
         choices = functools.partial(choices_behind, tokenised=ids)

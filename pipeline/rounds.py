@@ -35,9 +35,9 @@ class Rounds:
         images: dict[str, ImagePixels] = {}
         while due:
             for task in due:
-                for row in _with_images(task):
-                    if row["image_sha256"] not in images:
-                        images[row["image_sha256"]] = _image(row)
+                for name, row in _with_images(task):
+                    if name not in images:
+                        images[name] = _image(row, name)
             groups = self._groups(due, images)
             submitted = self.engine.submit([group.request() for group in groups])
             for group, outcomes in zip(groups, submitted, strict=True):
@@ -52,7 +52,7 @@ class Rounds:
         by_prefix: dict[tuple[tuple[str, ...], TokenIds], list[Task]] = {}
         for task in tasks:
             prefix = self._prefix(task.prompt["token_ids"])
-            names = tuple(row["image_sha256"] for row in _with_images(task))
+            names = tuple(name for name, _ in _with_images(task))
             by_prefix.setdefault((names, prefix), []).append(task)
         return [
             _Group(prefix, [images[name] for name in names], alike_tasks, self._askings)
@@ -178,13 +178,16 @@ def _unscored(branch: Branch) -> Sequence[int]:
     return branch.token_ids[: len(branch.token_ids) - branch.scored]
 
 
-def _with_images(task: Task) -> Sequence[Mapping[str, Any]]:
-    """The columns of each of its images."""
+def _with_images(task: Task) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    """The name and the columns of each of its images. One of several may have other pixels than it
+    has alone, and so has another name."""
     row = task.talk.row
-    return [row, *(row["more_images"] or ())]
+    if not row["more_images"]:
+        return [(row["image_sha256"], row)]
+    return [(f"{each['image_sha256']} of several", each) for each in (row, *row["more_images"])]
 
 
-def _image(row: Mapping[str, Any]) -> ImagePixels:
+def _image(row: Mapping[str, Any], name: str) -> ImagePixels:
     shape = row["pixels_shape"] or [-1]
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(shape).copy()
-    return ImagePixels(pixels, row["image_sha256"], (row["image_width"], row["image_height"]))
+    return ImagePixels(pixels, name, (row["image_width"], row["image_height"]))

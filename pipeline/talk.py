@@ -175,7 +175,7 @@ class Talk:
         except PromptError as error:
             fail(prompt, error_of(error))
             return
-        places = map(tokeniser.image_tokens.of, sizes)
+        places = [tokeniser.image_tokens.of(size, among=len(sizes)) for size in sizes]
         tokeniser.placing(*places).fill_in(prompt, options=script.ask.options)
 
     def _skip_in_vain(self, task: Task) -> None:

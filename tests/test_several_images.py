@@ -1,6 +1,8 @@
 """Several images in one prompt: from the row to the answer, against the model's own processor and
 `generate`, which are given all of them."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,18 +26,19 @@ from schemas.errors import SpecError
 from schemas.job import ColumnsSpec, JobSpec, ModelSpec, SourceSpec
 from tests.families import saved_kind, saved_slow
 from tests.lines import sample_table, tables_read, unfolded
-from tests.models import noise_image, shared_checkpoint
+from tests.models import SIDE, noise_image, shared_checkpoint
 from tests.shards import json_bytes, saved, write_shard
+from tests.test_engine_repair import edit
 
 SIZES = [(40, 32), (100, 31), (31, 90), (64, 64)]
 IMAGES = [noise_image(n, width=w, height=h) for n, (w, h) in enumerate(SIZES)]
 PNGS = [saved(image, "PNG") for image in IMAGES]
 ASK = [{"id": "red", "prompt": "Which is red?"}, {"id": "many", "prompt": "How many are there?"}]
 WHO = [{"id": "who", "turns": ["Which is red?", "And blue?"]}]
-ONE_VISION = "LLaVA-OneVision, SigLIP, Qwen2"
 FOLDERS = {
     "LLaVA": shared_checkpoint,
     "LLaVA-NeXT": lambda: saved_kind("LLaVA-NeXT, CLIP, Mistral"),
+    "LLaVA-OneVision": lambda: saved_kind("LLaVA-OneVision, SigLIP, Qwen2"),
 }
 
 
@@ -83,7 +86,8 @@ class Alone:
     def check(self, answer: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
         assert answer["status"] == "ok", answer["error_message"]
         assert answer["prompt"].count("<image>") == len(images)
-        inputs = self.processor(text=answer["prompt"], images=list(images), return_tensors="pt")
+        # As `apply_chat_template` hands them over: a list for each prompt.
+        inputs = self.processor(text=[answer["prompt"]], images=[list(images)], return_tensors="pt")
         start = inputs["input_ids"].shape[1]
         tokens = self.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         said = self.processor.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
@@ -169,12 +173,8 @@ def test_choices_are_given_behind_all_images() -> None:
     assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
 
 
-TAKE_ONE = {"fast": lambda: saved_kind(ONE_VISION), "slow": lambda: saved_slow("Gemma3")}
-
-
-@pytest.mark.parametrize("path", TAKE_ONE)
-def test_a_model_that_takes_one_image_fails_rows_with_several(path: str) -> None:
-    job = job_of(TAKE_ONE[path]())
+def test_a_model_of_the_slow_path_fails_rows_with_several() -> None:
+    job = job_of(saved_slow("Gemma3"))
     several, one = unfolded(
         Encode(job, {})(sample_table([row_of(0, PNGS[:2], job), row_of(1, PNGS[:1], job)]))
     )
@@ -261,9 +261,35 @@ def test_several_columns_are_warned_of_before_the_run_and_not_again(
     assert not caplog.records
 
 
-def test_several_columns_are_refused_for_a_model_that_takes_one_image(tmp_path: Path) -> None:
-    job = pairs_of(tmp_path, saved_kind(ONE_VISION))
-    with pytest.raises(SpecError, match="puts 2 images in each prompt, and prompts of a LlavaOne"):
+def test_nobody_is_warned_of_a_model_that_was_trained_on_several(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = FOLDERS["LLaVA-OneVision"]()
+    assert not plan(pairs_of(tmp_path, folder)).notes
+    job = job_of(folder)
+    Encode(job, {})(sample_table([row_of(0, PNGS[:2], job)]))
+    assert not caplog.records
+
+
+def test_a_processor_that_resizes_several_otherwise_fails_their_rows_alone(
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(FOLDERS["LLaVA-OneVision"](), tmp_path / "checkpoint")
+    settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    crop = {"height": SIDE // 2, "width": SIDE // 2}
+    settings |= {"do_center_crop": True, "crop_size": crop}
+    edit(folder / "processor_config.json", image_processor=settings)
+    job = job_of(folder)
+    rows = [row_of(0, PNGS[:2], job), row_of(1, PNGS[:1], job)]
+    several, one = unfolded(Encode(job, {})(sample_table(rows)))
+    assert {p["error"]["class"] for p in several["prompts"]} == {"ProcessorRefused"}
+    assert "in a way of its own" in several["prompts"][0]["error"]["message"]
+    assert {p["status"] for p in one["prompts"]} == {None}
+
+
+def test_several_columns_are_refused_for_a_model_of_the_slow_path(tmp_path: Path) -> None:
+    job = pairs_of(tmp_path, saved_slow("Gemma3"))
+    with pytest.raises(SpecError, match="puts 2 images in each prompt, and prompts of a Gemma3"):
         plan(job)
 
 

@@ -38,8 +38,8 @@ class Family:
     into tiles, the more the larger it is, and takes as many places in a prompt as its size asks
     for. `is_fast`: its images travel as bytes, are normalised on the device, and are looked at
     once for all questions; others are asked through `generate`, one prompt at a time (`alone.py`).
-    `takes_several`: its processor does with an image what it does with one alone, where several are
-    in a prompt. `example`: a checkpoint on the hub.
+    `squares_several`: it was trained on several images in one prompt, and none of them is cut into
+    tiles: each is made a square and resized. `example`: a checkpoint on the hub.
     """
 
     model_type: str
@@ -49,7 +49,7 @@ class Family:
     example: str = ""
     has_tiles: bool = False
     is_fast: bool = True
-    takes_several: bool = True
+    squares_several: bool = False
 
     @property
     def why_slow(self) -> str | None:
@@ -63,7 +63,7 @@ class Family:
     @property
     def why_one_image(self) -> str | None:
         """Why its prompts are about one image each; null where they may be about several."""
-        if self.is_fast and self.takes_several:
+        if self.is_fast:
             return None
         return f"prompts of a {self.architecture} are about one image each"
 
@@ -85,10 +85,13 @@ class Family:
     ) -> Sequence["torch.Tensor"]:
         """Of each image, [tokens, hidden]: what stands in place of its image tokens.
 
-        `pixels`: [N, 3, H, W], or [N, tiles, 3, H, W] where the family has tiles. `sizes`: int
-        [N, 2], height and width of the whole images.
+        `pixels`: [N, 3, H, W], or [N, tiles, 3, H, W] where the family has tiles and does not leave
+        them whole as some of several. `sizes`: int [N, 2], height and width of the whole images.
         """
-        options = {"image_sizes": sizes} if self.has_tiles else {}
+        options: dict[str, Any] = {"image_sizes": sizes} if self.has_tiles else {}
+        if self.squares_several and pixels.dim() == len("NCHW"):
+            # One would be taken for an image alone.
+            options["batch_num_images"] = [max(len(pixels), 2)]
         found: Sequence[torch.Tensor]
         found = model.get_image_features(pixel_values=pixels, **options).pooler_output
         return found
@@ -126,8 +129,7 @@ FAMILIES: Mapping[str, Family] = {
             "LlavaOnevisionProcessor",
             "llava-hf/llava-onevision-qwen2-7b-ov-hf",
             has_tiles=True,
-            # Of several it cuts none into tiles.
-            takes_several=False,
+            squares_several=True,
         ),
     )
 }
@@ -171,8 +173,9 @@ class ImageTokens:
                     f"{size[0]} x {size[1]} pixels, but tells {told}: it is not supported"
                 )
 
-    def of(self, size: Size) -> int:
-        return self._told(size) if self.fixed is None else self.fixed
+    def of(self, size: Size, *, among: int = 1) -> int:
+        """`among`: of so many images in one prompt."""
+        return self._told(size, among=among) if self.fixed is None else self.fixed
 
     def _counted(self) -> Iterator[tuple[Size, int]]:
         """By going through all that the processor does."""
@@ -182,11 +185,11 @@ class ImageTokens:
             self._pixels = np.asarray(output["pixel_values"][0])
             yield size, output["input_ids"][0].count(processor.image_token_id)
 
-    def _told(self, size: Size) -> int:
+    def _told(self, size: Size, *, among: int = 1) -> int:
         image = {
             "pixel_values": [self._pixels],
             "image_sizes": [(size[1], size[0])],
-            "batch_num_images": [1],
+            "batch_num_images": [among],
         }
         written: str = self._processor.replace_image_token(image, 0)
         return written.count(self._processor.image_token)

@@ -128,6 +128,23 @@ def resize_of(processor: "LlavaProcessor") -> AnyResize:
     return resize if is_same else by_processor
 
 
+def resize_of_several(processor: "LlavaProcessor") -> Resize | None:
+    """What a processor does with each of several images in a prompt that cuts into tiles only what
+    is alone: makes it a square, and resizes that. Null for one that does
+    otherwise: it is tried out.
+    """
+    images = processor.image_processor
+    side = max(dict(images.size).values())
+    margin = tuple(int(mean * 255) for mean in images.image_mean)
+    resize = Resize(margin, None, (side, side), int(images.resample), crop=None)
+    for image in _noise(_RESIZE_PROBES):
+        pair = images(images=[[image, image]], do_rescale=False, do_normalize=False)
+        theirs = np.asarray(pair["pixel_values"][0])
+        if not np.array_equal(theirs, np.moveaxis(np.asarray(resize(image)), -1, 0)[None]):
+            return None
+    return resize
+
+
 def resized(processor: "LlavaProcessor", image: Image.Image) -> np.ndarray:
     """An RGB image as the processor resizes and crops it: uint8 [H, W, 3] or [tiles, H, W, 3], not
     normalised."""

@@ -20,8 +20,8 @@ from schemas.errors import GenerateError, PromptError
 @dataclass(frozen=True)
 class ImagePixels:
     """One image as the processor resized it: uint8 [H, W, 3], not yet normalised, or cut into
-    tiles: [tiles, H, W, 3]. `size`: width and height of the whole image, by which tiles are put
-    together; null where there are none."""
+    tiles: [tiles, H, W, 3]. `sha256`: a name that no other pixels have. `size`: width and height of
+    the whole image, by which tiles are put together; null where there are none."""
 
     pixels: np.ndarray
     sha256: str
