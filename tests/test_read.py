@@ -194,3 +194,30 @@ def test_a_store_that_fails_leaves_the_shard_without_an_end(tmp_path: Path) -> N
     failures: list[StoreUnavailable] = []
     assert tables_of(job, failures=failures) == []
     assert ["http://127.0.0.1:1" in str(failure) for failure in failures] == [True]
+
+
+def test_all_images_of_a_row_travel_in_their_order_and_rows_of_others_apart(
+    tmp_path: Path,
+) -> None:
+    images = {name: image_bytes(color=(n, 0, 0)) for n, name in enumerate("abc")}
+    for name, image in {**images, "empty": b""}.items():
+        (tmp_path / f"{name}.png").write_bytes(image)
+    lists = ["a b c", "a c b", "a", "empty a", "empty b", "a b c"]
+    rows = [{"image": [f"{name}.png" for name in names.split()]} for names in lists]
+    write_manifest(tmp_path / "m.jsonl", rows)
+    job = job_of(tmp_path, tmp_path / "out", source={"format": "manifest", "path": str(tmp_path)})
+    source = open_source(job.source)
+    work = [ShardWork(s, ShardCoverage(s.uri, s.identity)) for s in source.list()]
+    [table] = tables_read(job, work)
+    found = [
+        ([line["source_index"] for line in row["lines"]], row["image"], row["more_images"])
+        for row in table.to_pylist()[:-1]
+    ]
+    a, b, c = images.values()
+    assert found == [
+        ([0, 5], a, [b, c]),
+        ([1], a, [c, b]),
+        ([2], a, None),
+        ([3], b"", [a]),
+        ([4], b"", [b]),
+    ]
