@@ -52,9 +52,11 @@ class Stop:
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.reason = REASONS[signum]
-        if self.is_asked or not self._grace_s:
-            self._insist()
+        is_urgent = self.is_asked or not self._grace_s
+        # First: where an exception is swallowed, as in a destructor, the run ends by this.
         self.asked.set()
+        if is_urgent:
+            self._insist()
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._insist)
         signal.setitimer(signal.ITIMER_REAL, self._grace_s)
         name = "Interrupted" if self.reason is KeyboardInterrupt else "Terminated"

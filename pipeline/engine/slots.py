@@ -10,6 +10,7 @@ rows there are follows from a budget in bytes (`room.py`). One thread does the w
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -160,12 +161,11 @@ class SlotsEngine:
 
     def _is_asked(self) -> bool:
         """Whether there is work, or comes soon enough."""
-        for _ in range(round(LINGER_S / GLANCE_S)):
-            if self._arrived.wait_for(self._has_work, timeout=GLANCE_S):
-                return True
-            if not threading.main_thread().is_alive():
+        until = time.monotonic() + LINGER_S
+        while not self._arrived.wait_for(self._has_work, timeout=GLANCE_S):
+            if time.monotonic() > until or not threading.main_thread().is_alive():
                 return False
-        return False
+        return True
 
     def _has_work(self) -> bool:
         return bool(self._queue) or (self._live is not None and bool(self._live.at_work))
