@@ -2,6 +2,7 @@
 `generate`, which are given all of them."""
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -240,8 +241,9 @@ def test_from_the_source_to_the_answer(write: Any, tmp_path: Path) -> None:
 def test_several_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     job = job_of(shared_checkpoint())
     encode = Encode(job, {})
-    for images in (PNGS[:1], PNGS[:2], PNGS[:2]):
-        encode(sample_table([row_of(0, images, job)]))
+    with caplog.at_level(logging.WARNING, logger="pipeline.encode"):
+        for images in (PNGS[:1], PNGS[:2], PNGS[:2]):
+            encode(sample_table([row_of(0, images, job)]))
     [warning] = [record.getMessage() for record in caplog.records]
     assert SEVERAL_IMAGES in warning
 
