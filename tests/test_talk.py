@@ -219,3 +219,17 @@ def test_talks_do_not_depend_on_what_else_is_asked(budget: int) -> None:
         alone, _ = answered(job, table_of(job, 6).slice(index, 1))
         of_it = [row for row in together if row["source_index"] == index]
         assert [r["answer"] for r in of_it] == [r["answer"] for r in alone]
+
+
+def test_a_format_that_puts_the_text_before_the_image_works() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}"
+        "{% for p in m.content if p.type == 'image' %}<image>{% endfor %}</s>{% endfor %}A:"
+    )
+    model = {"path": str(shared_checkpoint()), "chat_template": template}
+    rows, _ = answered(job_of(ANIMAL, BREED, TALK, model=model))
+    assert rows[0]["prompt"] == "user: Which animal?<image></s>A:"
+    for row in rows:
+        longest = 3 if row["question_id"] == "animal" else 8
+        assert row["answer"] == from_scratch(row["prompt"], row["source_index"], longest)
