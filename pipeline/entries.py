@@ -100,12 +100,13 @@ def word(
     """Give an entry its question, once the answers are known that it looks at; or say why it is
     not asked."""
     try:
-        if entry["question"] is None:
+        # First: a condition may be there to keep the prompt from rows that cannot fill it in.
+        if reason := script.unasked(row=row, answers=answers):
+            skip(entry, NOT_ASKED, reason)
+        elif entry["question"] is None:
             entry["question"] = script.question(
                 entry["turn"], row=row, answers=answers, place=place
             )
-        if reason := script.unasked(row=row, answers=answers):
-            skip(entry, NOT_ASKED, reason)
     except PromptError as error:
         fail(entry, error_of(error))
 

@@ -133,6 +133,15 @@ def test_a_question_whose_condition_does_not_hold_is_skipped() -> None:
         assert breed["error_message"] == "ask.1.when does not hold: animal == 'dog'"
 
 
+def test_a_condition_keeps_a_prompt_from_rows_that_cannot_fill_it_in() -> None:
+    guarded = {"id": "guarded", "prompt": "{{ word }}?", "when": "word is not None"}
+    job = job_of(ANIMAL, guarded, {**BREED, "when": "word is not None and animal is not None"})
+    rows, _ = answered(job, table_of(job, 1, columns="{}"))
+    assert [(r["status"], r["error_class"]) for r in rows[1:]] == [("skipped", "NotAsked")] * 2
+    rows, _ = answered(job, table_of(job, 1))
+    assert [r["status"] for r in rows] == ["ok"] * 3
+
+
 def test_conditions_follow_each_other() -> None:
     third = {"id": "third", "prompt": "Why?", "when": "breed is None"}
     rows, _ = answered(job_of(ANIMAL, {**BREED, "when": "animal == 'dog'"}, third))
