@@ -273,21 +273,25 @@ def paligemma() -> tuple[Any, Any]:
     )
     size = 8 * (len(processor.tokenizer) // 8 + 1)
     config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=_headless_tower(),
         text_config=GemmaConfig(**{**_TEXT, "vocab_size": size, "head_dim": 16}),
         projection_dim=64,
         tie_word_embeddings=False,
         image_token_index=SPECIAL.index("<image>"),
     )
     return _drawn(PaliGemmaForConditionalGeneration, config), processor
+
+
+def _headless_tower() -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -308,15 +312,7 @@ def gemma3() -> tuple[Any, Any]:
         chat_template=CHAT_TEMPLATE.replace("<image>", "<boi>"),
     )
     config = Gemma3Config(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=_headless_tower(),
         text_config=Gemma3TextConfig(**{**_TEXT, "head_dim": 16, "sliding_window": 16}),
         mm_tokens_per_image=4,
         image_token_index=SPECIAL.index("<image>"),

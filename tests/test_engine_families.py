@@ -27,9 +27,10 @@ from schemas.errors import SpecError, TokenFeatureMismatch
 from schemas.job import JobSpec, ModelSpec
 from tests.engine_cases import Case, alone, check, engine_for, request_of
 from tests.families import KINDS, rename_as_on_the_hub, saved_kind
-from tests.lines import sample_table, unfolded
+from tests.lines import unfolded
 from tests.models import noise_image, questions
 from tests.shards import saved
+from tests.test_engine_alone import samples
 
 CPU = torch.device("cpu")
 SIZES = [(40, 32), (1, 50), (90, 2), (300, 70), (100, 90), (3, 3)]
@@ -149,20 +150,6 @@ def job_of(name: str) -> JobSpec:
             "output": {"path": "y"},
             "generate": {"max_new_tokens": 7},
         }
-    )
-
-
-def samples(*images: bytes) -> pa.Table:
-    return sample_table(
-        {
-            "source_uri": "a.tar",
-            "source_index": index,
-            "shard_identity": "etag",
-            "sample_id": f"s{index}",
-            "units": ["q0", "q1", "choice"],
-            "image": image,
-        }
-        for index, image in enumerate(images)
     )
 
 
