@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +22,10 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
-from pipeline.engine import grid, live, prefill, slots, step
+from pipeline.engine import grid, live, look, prefill, slots, step
 from pipeline.engine.kv import KVArena, shape_of
 from pipeline.engine.pixels import pixel_table
-from pipeline.engine.request import Answer, Branch, Prefix, Request
+from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import (
     DeviceOutOfMemory,
@@ -408,6 +409,34 @@ def test_an_image_is_looked_at_once_while_anybody_waits_for_it(llama: Known) -> 
     llama.check(engine, [[i] for i in range(16)])
     assert scarce.looked == IMAGES
     assert not engine._looker._seen
+
+
+def test_prompts_are_read_in_passes_of_one_size(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are needed, none of them smaller than the others by more than a prompt."""
+    [request] = llama.requests([[0]])
+    prompt = len(request.prefix.token_ids) + len(request.branches[0].token_ids)
+    monkeypatch.setattr(slots, "CPU_PREFILL_TOKENS", 8 * prompt)
+    engine = llama.engine()
+    right, passes = engine._language.run, []
+
+    def run(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if isinstance(what, prefill.Prefill):
+            passes.append(len(positions))
+        return right(what, embeds, positions)
+
+    engine._language.run = run  # type: ignore[method-assign]
+    llama.check(engine, [[0]] * 17)
+    assert sorted(passes) == [5 * prompt, 6 * prompt, 6 * prompt]
+
+
+def test_images_are_looked_at_in_rounds_of_one_size() -> None:
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    images = [ImagePixels(pixels, str(n)) for n in range(35)]
+    rounds = list(look.alike(images))
+    assert [len(each) for each in rounds] == [11, 12, 12]
+    assert [image for each in rounds for image in each] == images
 
 
 def test_layers_behind_the_one_that_is_read_do_not_run(llama: Known) -> None:

@@ -51,6 +51,12 @@ class Job:
         """Of the longest of its branches that wait."""
         return max((row.wanted_tokens for row in self.waiting), default=0)
 
+    @property
+    def unread_tokens(self) -> int:
+        """Of what waits, and of the prefix where that waits, too."""
+        prefix = self.prefix_tokens if self.slot == NOWHERE and self.waiting else 0
+        return prefix + sum(len(row.unread) for row in self.waiting)
+
     def grown(self, number: int, outcome: Outcome) -> list["Row"]:
         """What follows a branch that is about to be settled. Raises what the request raises."""
         if self.request.grow is None or self.error is not None:

@@ -90,15 +90,16 @@ class Looker:
 
 
 def alike(images: Iterable[ImagePixels]) -> Iterator[list[ImagePixels]]:
-    """Those with pixels of one shape, as many as the vision tower is given at once."""
+    """Those with pixels of one shape, evenly many at a time, as the vision tower is given them."""
     by_shape: dict[tuple[int, ...], list[ImagePixels]] = {}
     for image in images:
         by_shape.setdefault(image.pixels.shape, []).append(image)
     for shape, some in by_shape.items():
         tiles = shape[0] if len(shape) == TILES_DIMENSIONS else 1
         at_once = max(1, IMAGES_AT_ONCE // tiles)
-        for start in range(0, len(some), at_once):
-            yield some[start : start + at_once]
+        rounds = -(-len(some) // at_once)
+        for n in range(rounds):
+            yield some[len(some) * n // rounds : len(some) * (n + 1) // rounds]
 
 
 def features_of(

@@ -37,7 +37,7 @@ from schemas.errors import DeviceOutOfMemory, GenerateError, PromptTooLong
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-CPU_PREFILL_TOKENS = 1024
+CPU_PREFILL_TOKENS = 2048
 PREFILL_TOKENS = 16384
 """Of one pass, about: enough to keep a device busy, on a CPU few enough to stay in its caches."""
 
@@ -201,13 +201,19 @@ class SlotsEngine:
                 self._settling.settle_waiting(job, error)
             return []
         self._put_back_too_long(live)
-        picking = Picking(live, most_tokens=self._prefill_tokens)
+        picking = Picking(live, most_tokens=self._tokens_of_a_pass([*live.jobs, *waiting]))
         for job in [*live.jobs, *waiting]:
             if not picking.take(job):
                 break
             if job.slot == NOWHERE:
                 self._leave_queue(job)
         return picking.fillings
+
+    def _tokens_of_a_pass(self, jobs: Sequence[Job]) -> int:
+        """Passes of one size: a small one at the end would be slow for what it reads."""
+        tokens = sum(job.unread_tokens for job in jobs)
+        passes = max(1, -(-tokens // self._prefill_tokens))
+        return max(1, -(-tokens // passes))
 
     def _put_back_too_long(self, live: Live) -> None:
         """What follows an answer may be longer than rows are wide: once nothing of its job is at
