@@ -19,7 +19,7 @@ demo: $(VENV)/runtime ## answer questions about the images that come with the pa
 	$(BIN)/lavaflow demo
 
 test: $(VENV)/dev ## all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/dev ## format, lint, types, and which package may import which
 	$(BIN)/ruff format --check .
