@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,6 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def to_the_group(live: LiveRun) -> None:
-    """As Ctrl-C does: the driver, and what Ray has started."""
-    os.killpg(live.process.pid, signal.SIGINT)
-
-
-def to_the_driver(live: LiveRun) -> None:
-    live.process.send_signal(signal.SIGTERM)
-
-
 def wait_for(event: str, drawn: Scene, live: LiveRun) -> None:
     def is_there() -> bool:
         return any(line.event == event for line in read_log(drawn.log))
@@ -59,17 +50,16 @@ def is_released(drawn: Scene) -> bool:
     return json.loads(file.read_text())["released"] is not None
 
 
-@pytest.mark.parametrize(("stop", "status"), [(to_the_group, 130), (to_the_driver, 143)])
-def test_a_signal_makes_durable_what_was_begun_and_begins_nothing(
-    tmp_path: Path, stop: Callable[[LiveRun], None], status: int
-) -> None:
+def test_a_signal_makes_durable_what_was_begun_and_begins_nothing(tmp_path: Path) -> None:
+    """Ctrl-C; `test_submit.py` stops a job by SIGTERM."""
     drawn = scene(tmp_path, shards=3, images=8, commit_interval_s=600)
     with drawn.run(row_s=0.2) as live:
         wait_for("answered", drawn, live)
         stopped_at = time.time()
-        stop(live)
+        # As Ctrl-C does: to the driver, and to what Ray has started.
+        os.killpg(live.process.pid, signal.SIGINT)
         ended, said = live.wait(timeout_s=60)
-    assert ended == status, said
+    assert ended == 130, said
     lines = read_log(drawn.log)
     begun = {line.identity for line in lines if line.event == "begun"}
     assert begun == {line.identity for line in lines if line.event == "durable"}
@@ -77,11 +67,11 @@ def test_a_signal_makes_durable_what_was_begun_and_begins_nothing(
     assert len(late) <= 2 * BATCH_SIZE * QUESTIONS
     assert len(begun) < drawn.answers
 
-    assert f"{TOLD[status]}: finishing what is in flight, for 1 min 0 s at most" in said
+    assert f"{TOLD[ended]}: finishing what is in flight, for 1 min 0 s at most" in said
     assert re.search(rf"^{len(begun)} answers are durable$", said, re.MULTILINE)
-    assert f"{TOLD[status]}; the same command goes on from here." in said
+    assert f"{TOLD[ended]}; the same command goes on from here." in said
     record = record_of(drawn)
-    assert (record["ended"], record["new"]["ok"]) == (ENDED[status], len(begun))
+    assert (record["ended"], record["new"]["ok"]) == (ENDED[ended], len(begun))
     assert is_released(drawn)
 
 
@@ -114,7 +104,7 @@ def test_without_a_grace_period_one_signal_is_enough_even_while_ray_starts(tmp_p
     drawn = scene(tmp_path, shards=1, images=2)
     with LiveRun(drawn.spec()) as live:
         wait_until(lambda: "starting Ray" in live.said, timeout_s=60)
-        to_the_driver(live)
+        live.process.send_signal(signal.SIGTERM)
         ended, said = live.wait(timeout_s=30)
     assert ended == 143, said
     assert "in flight" not in said
