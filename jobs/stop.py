@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ REASONS: dict[int, type[BaseException]] = {
 
 class Stop:
     """Listens from `listen` to the end of the block; until then, a signal ends the run at once.
+
+    Or nearly: an exception that is raised while a C extension is imported may be swallowed.
 
     Python handles signals in the main thread only: a run in another one is never asked.
     """
@@ -43,12 +46,20 @@ class Stop:
         return self.asked.is_set()
 
     def listen(self) -> None:
+        self._handle_by(self._ask)
+
+    def _handle_by(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in REASONS:
             # Commands that a script has put in the background are told to ignore SIGINT.
             if signal.getsignal(signum) is not signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._ask)
+                self._before.setdefault(signum, signal.signal(signum, handler))
+
+    def _end(self, signum: int, frame: FrameType | None) -> None:
+        self.reason = REASONS[signum]
+        self.asked.set()
+        raise self.reason
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.reason = REASONS[signum]
@@ -73,6 +84,7 @@ class Stop:
         raise self.reason
 
     def __enter__(self) -> Self:
+        self._handle_by(self._end)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """Stopping a run: the first signal finishes what is in flight, a second one insists."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from jobs.exits import Terminated, terminate
+from jobs.stop import Stop
 from tests.kills import read_log
 from tests.processes import LiveRun
 from tests.scenes import BATCH_SIZE, QUESTIONS, Scene, scene
@@ -109,3 +112,17 @@ def test_without_a_grace_period_one_signal_is_enough_even_while_ray_starts(tmp_p
     assert ended == 143, said
     assert "in flight" not in said
     assert is_released(drawn)
+
+
+def test_a_signal_whose_exception_is_swallowed_before_ray_has_started_is_not_forgotten() -> None:
+    before = signal.signal(signal.SIGTERM, terminate)
+    with Stop(grace_s=60) as stop:
+        with contextlib.suppress(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.is_asked
+        assert stop.reason is Terminated
+        stop.listen()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.signal(signal.SIGTERM, before) is terminate
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
