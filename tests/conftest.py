@@ -22,7 +22,6 @@ BESIDE = (
     "test_package.py",
     "test_sources_faults.py",
     "test_bench.py",
-    "test_cli.py",
     "test_hostile_job.py",
     "test_manifest_job.py",
     "test_secrets.py",

@@ -409,26 +409,3 @@ def test_the_demo_shows_answers_beside_a_file_of_somebody_else(tmp_path: Path) -
     (tmp_path / "answers" / "notes.txt").write_text("mine")
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "answers" / "part-0.parquet")
     assert "s: a red circle\n    what? " in showcase(demo_spec(str(tmp_path)))
-
-
-# Whole commands
-
-
-@pytest.mark.slow
-def test_the_demo_answers_and_a_second_one_finds_nothing_left(tmp_path: Path) -> None:
-    first = python("-m", "jobs.cli", "demo", "-o", "out", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "This run: " in first.stdout
-    assert "0 failed" in first.stdout
-    assert "a red circle\n    Describe the image." in first.stdout
-    assert "A red circle on a light background." in first.stdout
-
-    second = python("-m", "jobs.cli", "demo", "-o", "out", cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.startswith("This run: nothing left to do\n")
-    shown = first.stdout.partition("Table: ")[2]
-    assert second.stdout.partition("Table: ")[2] == shown
-
-    verified = python("-m", "jobs.cli", "verify", "out", cwd=tmp_path)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    assert json.loads(verified.stdout)["ok"] is True
