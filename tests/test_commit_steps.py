@@ -33,15 +33,15 @@ def attempts(path: object, log: Path, *options: object) -> int:
 @pytest.mark.parametrize(
     ("night", "act", "every"),
     [
-        ("first", "kill", 4),
-        ("first", "sleep", 9),
+        ("first", "kill", 7),
+        ("first", "sleep", 15),
         ("changed", "kill", 9),
-        ("changed", "sleep", 18),
+        ("changed", "sleep", 25),
         ("retried", "kill", 9),
         ("retried", "sleep", 18),
-        ("forked", "kill", 12),
+        ("forked", "kill", 17),
         ("forced", "kill", 12),
-        ("forced", "sleep", 24),
+        ("forced", "sleep", 31),
     ],
 )
 def test_on_a_local_disk(tmp_path: Path, night: str, act: str, every: int) -> None:
@@ -52,7 +52,7 @@ def test_on_a_local_disk(tmp_path: Path, night: str, act: str, every: int) -> No
 @pytest.mark.parametrize(
     ("night", "act", "every"),
     [
-        ("first", "kill", 18),
+        ("first", "kill", 23),
         ("first", "sleep", 36),
         ("changed", "kill", 24),
         ("retried", "kill", 12),
