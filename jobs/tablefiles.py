@@ -1,14 +1,16 @@
 """The files of an answer table, read whole for `verify`: whose rows they hold, what is wrong."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.coverage import ShardCoverage
-from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part
+from pipeline.coverage import Coverage, ShardCoverage
+from pipeline.fold import added_coverage
+from pipeline.footer import Footer
+from pipeline.parts import ANSWERS, STAGING, SUFFIX, PartInfo, open_part, read_info
 from pipeline.storage import Output, store_errors
 from pipeline.versions import Versions
 from schemas.errors import JobError, SpecError
@@ -29,7 +31,7 @@ class Fault:
 @dataclass(frozen=True)
 class Files:
     """What lies in an output. `rows`: IDENTITY and OUTCOME of every answer; `covered`: what each
-    whole part says that it covers; `staged`: files that were not folded yet.
+    whole part says that it covers; `staged`: files that the next run has to fold.
     """
 
     rows: pa.Table
@@ -40,7 +42,7 @@ class Files:
 
 def read_files(output: Output, *, schema: pa.Schema) -> Files:
     """Read the table whole. Raises SpecError where the store fails."""
-    tables, faults, covered = [_no_rows(schema)], [], {}
+    tables, faults, footers = [_no_rows(schema)], [], {}
     try:
         for name in output.names(ANSWERS, suffix=""):
             try:
@@ -49,14 +51,30 @@ def read_files(output: Output, *, schema: pa.Schema) -> Files:
                 faults.append(Fault(name, str(error)))
                 continue
             tables.append(rows.select([*IDENTITY, *OUTCOME]))
-            covered[name] = info.footer.shards
+            footers[name] = info.footer
             faults += [Fault(name, reason) for reason in _reasons(info, rows)]
-        staged = len(output.names(STAGING, suffix=""))
+        names = output.names(STAGING, suffix="")
+        staged = [name for name in names if _has_to_be_folded(output, name, footers.values())]
     except store_errors() as error:
         raise SpecError(
             f"{output.uri} cannot be read ({error}); check the path and the credentials"
         ) from error
-    return Files(pa.concat_tables(tables), covered, staged, faults)
+    covered = {name: footer.shards for name, footer in footers.items()}
+    return Files(pa.concat_tables(tables), covered, len(staged), faults)
+
+
+def _has_to_be_folded(output: Output, name: str, table: Iterable[Footer]) -> bool:
+    """Not so what is in the table: an upload that was given up may arrive when its second try has
+    been folded already. The next run removes it."""
+    try:
+        footer = read_info(output, name).footer
+    except FileNotFoundError:
+        return False
+    except JobError:
+        return True
+    same = [each for each in table if not each.fingerprint.differences(footer.fingerprint)]
+    covered = Coverage(shard for each in same for shard in each.shards)
+    return footer.again or bool(added_coverage(footer.shards, covered=covered))
 
 
 def _no_rows(schema: pa.Schema) -> pa.Table:

@@ -63,7 +63,7 @@ class Report:
 
     `inputs`: answers that there have to be. `counts`: rows by status. `missing`: called for and not
     there; `doubled`: there more than once; `unexpected`: rows that nothing calls for. `staged`:
-    files that were not folded yet.
+    files that the next run has to fold.
     """
 
     inputs: int

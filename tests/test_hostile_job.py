@@ -30,7 +30,7 @@ def test_images_that_attack_their_decoder_fail_alone(tmp_path: Path) -> None:
         max_failed_fraction=1.0,
         resources={
             "generate": {"batch_size": 8},
-            "preprocess": {"decode_timeout_s": 2.0, "decode_memory_bytes": 2**28},
+            "preprocess": {"decode_timeout_s": 10.0, "decode_memory_bytes": 2**28},
         },
     )
     spec = tmp_path / "job.yaml"

@@ -12,6 +12,7 @@ import pytest
 
 from jobs.verify import answer_ids, verify
 from pipeline.commit import AnswerTable
+from pipeline.footer import Fingerprint
 from pipeline.parts import part_bytes, read_part
 from pipeline.sources import open_source
 from pipeline.sources.base import Question, Sample
@@ -392,6 +393,24 @@ def test_what_is_still_staged_is_found(job: JobSpec) -> None:
     report = verify(job)
     assert report.staged == 1
     assert not report.ok
+
+
+def test_an_upload_that_arrives_when_its_second_try_was_folded_is_no_fault(job: JobSpec) -> None:
+    groups = answer_rows(job)
+    answer(job, groups)
+    identity = {shard.uri: shard.identity for shard in open_source(job.source).list()}
+    late = answered({**r, "shard_identity": identity[r["source_uri"]]} for r in groups[0])
+
+    def staged(fingerprint: Fingerprint) -> int:
+        write_part(late, output=job.output, keep={}, fingerprint=fingerprint)
+        report = verify(job)
+        (file,) = Path(job.output.path, "staging").iterdir()
+        file.unlink()
+        assert report.ok == (not report.staged)
+        return report.staged
+
+    assert staged(FINGERPRINT) == 0
+    assert staged(Fingerprint({"weights": "w2"}, FINGERPRINT.questions)) == 1
 
 
 def test_an_image_folder_is_one_row_a_file(tmp_path: Path) -> None:
