@@ -365,7 +365,8 @@ def test_a_store_without_credentials_is_a_spec_error(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage = StorageSpec(endpoint_url="http://127.0.0.1:9")
+    # A port of its own: s3fs keeps one file system an endpoint, and another test's has credentials.
+    storage = StorageSpec(endpoint_url="http://127.0.0.1:1")
     output = job.output.model_copy(update={"path": "s3://nobucket/x", "storage": storage})
     with pytest.raises(SpecError, match="cannot be read"):
         verify(job.model_copy(update={"output": output}))
