@@ -24,6 +24,7 @@ from transformers import MistralConfig, Qwen2Config
 
 from pipeline.engine import grid, live, look, prefill, slots, step
 from pipeline.engine.kv import KVArena, shape_of
+from pipeline.engine.picking import Picking
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
@@ -431,6 +432,22 @@ def test_prompts_are_read_in_passes_of_one_size(
     engine._language.run = run  # type: ignore[method-assign]
     llama.check(engine, [[0]] * 17)
     assert sorted(passes) == [5 * prompt, 6 * prompt, 6 * prompt]
+
+
+def test_turns_that_fall_due_together_are_read_together(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due = []
+
+    class Watched(Picking):
+        def __init__(self, live: live.Live, *, most_tokens: int) -> None:
+            due.append(len(live.continuing))
+            super().__init__(live, most_tokens=most_tokens)
+            assert not live.continuing
+
+    monkeypatch.setattr(slots, "Picking", Watched)
+    turns_of(llama.engine(), llama.requests([[image] for image in range(IMAGES)]))
+    assert max(due) > 1
 
 
 def test_images_are_looked_at_in_rounds_of_one_size() -> None:

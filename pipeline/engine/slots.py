@@ -9,6 +9,7 @@ rows there are follows from a budget in bytes (`room.py`). One thread does the w
     settling.py   outcomes, and what follows from them
 """
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -201,7 +202,7 @@ class SlotsEngine:
                 self._settling.settle_waiting(job, error)
             return []
         self._put_back_too_long(live)
-        picking = Picking(live, most_tokens=self._tokens_of_a_pass([*live.jobs, *waiting]))
+        picking = Picking(live, most_tokens=self._tokens_of_a_pass(live, waiting))
         for job in [*live.jobs, *waiting]:
             if not picking.take(job):
                 break
@@ -209,9 +210,12 @@ class SlotsEngine:
                 self._leave_queue(job)
         return picking.fillings
 
-    def _tokens_of_a_pass(self, jobs: Sequence[Job]) -> int:
-        """Passes of one size: a small one at the end would be slow for what it reads."""
-        tokens = sum(job.unread_tokens for job in jobs)
+    def _tokens_of_a_pass(self, live: Live, queued: Sequence[Job]) -> int:
+        """Passes of one size: a small one at the end would be slow for what it reads. What there
+        is no row for does not count."""
+        asked = (job for job in itertools.chain(live.jobs, queued) if job.waiting)
+        tokens = sum(len(row.unread) for row in live.continuing)
+        tokens += sum(job.unread_tokens for job in itertools.islice(asked, live.free_rows))
         passes = max(1, -(-tokens // self._prefill_tokens))
         return max(1, -(-tokens // passes))
 
