@@ -12,7 +12,6 @@ put together by the logarithms of their sums, as flash attention does between it
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,20 +19,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-LOWEST = torch.finfo(torch.float32).min
+from pipeline.engine.kernels import Kernels, Pair, Part
+
 _NUMBERS = itertools.count()
 _BY_NUMBER: dict[int, "SlotAttention"] = {}
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a layer asks: `query` [heads, tokens, dim], `key` and `value` [kv_heads, tokens, dim].
 
-    `window`: so many of the latest positions are seen, its own included; null for all. `eager`: in
-    parts by matrix products, and not by a kernel that tells its sums.
+    `window`: so many of the latest positions are seen, its own included; null for all.
     """
 
     layer: int
@@ -42,7 +38,7 @@ class Asked:
     value: torch.Tensor
     scale: float
     window: int | None
-    eager: bool
+    kernels: Kernels
 
     @property
     def kv_heads(self) -> int:
@@ -62,10 +58,10 @@ class Pass(Protocol):
 
 
 class SlotAttention:
-    """An attention function under a name of its own, for one model; `eager`: as in Asked."""
+    """An attention function under a name of its own, for one model."""
 
-    def __init__(self, *, eager: bool = False) -> None:
-        self._eager = eager
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._number = next(_NUMBERS)
         self.name = f"lavaflow_slots_{self._number}"
         self.current: Pass | None = None
@@ -102,9 +98,7 @@ class SlotAttention:
     ) -> torch.Tensor:
         """From [1, heads, tokens, dim] to [1, tokens, heads, dim]."""
         assert self.current is not None
-        # Of the kernels that tell their sums, only the CPU's has been tried out.
-        eager = self._eager or query.device.type != "cpu"
-        asked = Asked(layer, query[0], key[0], value[0], scale, window, eager)
+        asked = Asked(layer, query[0], key[0], value[0], scale, window, self._kernels)
         return self.current.attend(asked)[None]
 
 
@@ -132,17 +126,6 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Attention over some of the keys. `out` [..., queries, dim], `lse` float32 [..., queries]."""
-
-    out: torch.Tensor
-    lse: torch.Tensor
-
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Part":
-        return Part(change(self.out), change(self.lse))
-
-
-@dataclass(frozen=True)
 class Bias:
     """What hides keys.
 
@@ -158,32 +141,10 @@ def attend_part(asked: Asked, query: torch.Tensor, keys: Pair, bias: Bias | None
 
     Where every key is hidden, `lse` is minus infinity and `out` zero.
     """
-    attended = _by_products if asked.eager else _by_flash
-    part = attended(query, keys, None if bias is None else bias.added, scale=asked.scale)
     if bias is None:
-        return part
+        return asked.kernels.attend(query, keys, None, scale=asked.scale)
+    part = asked.kernels.attend(query, keys, bias.added, scale=asked.scale)
     return Part(part.out, part.lse.masked_fill(bias.hidden, float("-inf")))
-
-
-def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float) -> Part:
-    return Part(
-        *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, *keys, attn_mask=bias, scale=scale
-        )
-    )
-
-
-def _by_products(
-    query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
-) -> Part:
-    key, value = keys
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
-    if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)
-    # Where all keys are hidden, there is nothing to subtract.
-    weights = (scores - lse.clamp(min=LOWEST)[..., None]).exp()
-    return Part(torch.matmul(weights.to(value.dtype), value), lse)
 
 
 def joined(a: Part, b: Part) -> torch.Tensor:

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from pipeline.engine.attention import Asked, Pass, SlotAttention
-from schemas.errors import SpecError
+from pipeline.engine.compiling import compiling, pays_on
+from pipeline.engine.kernels import Kernels
+from pipeline.engine.kv import shape_of
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 
 class Language:
-    """The text model of a LLaVA; `eager`: as in `Asked`.
+    """The text model of a LLaVA; `eager`: attention by matrix products.
 
-    `compiled`: by torch, all but the attention, for any number of tokens but one. Raises SpecError
-    where that does not work here.
+    `compiled`: by torch, for any number of tokens but one; all but what is read and written of
+    keys. Raises SpecError where that does not work here.
     """
 
     def __init__(
@@ -26,7 +27,9 @@ class Language:
         self._model: Any = model
         self._text: Any = model.model.language_model
         self._compiled: Any = None
-        self._attention = SlotAttention(eager=eager)
+        self._compiled_head: Any = None
+        self._kernels = Kernels(model.device, model.dtype, eager=eager, compiled=compiled)
+        self._attention = SlotAttention(self._kernels)
         model.set_attn_implementation({"text_config": self._attention.name})
         self.device: torch.device = model.device
         if compiled:
@@ -57,19 +60,22 @@ class Language:
     @torch.inference_mode()
     def _compile(self) -> None:
         self._compiled = torch.compile(self._text.forward, dynamic=True, fullgraph=True)
+        if pays_on(self.device, self._model.dtype):
+            self._compiled_head = torch.compile(self._model.lm_head.forward, dynamic=True)
+        text = self._model.config.get_text_config()
+        shape = shape_of(text, dtype=self._model.dtype, device=self.device)
+        group = text.num_attention_heads // shape.kv_heads
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        try:
-            self.run(_Nothing(), self.embedded(tokens), tokens)
-        except TorchDynamoException as error:
-            what = " ".join(str(error).split("\n\n")[0].split())
-            raise SpecError(
-                f"resources.generate.compile: the text model cannot be compiled here ({what}): "
-                "set it to false"
-            ) from error
+        with compiling(self._model):
+            self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
+            self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """From [tokens, hidden] float32 [tokens, vocabulary]."""
-        logits: torch.Tensor = self._model.lm_head(hidden).float()
+        head = self._model.lm_head
+        if self._compiled_head is not None and len(hidden) > 1:
+            head = self._compiled_head
+        logits: torch.Tensor = head(hidden).float()
         return logits
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipeline.engine.compiling import compiling, pays_on
 from pipeline.engine.family import FAMILIES
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.pixels import normalised
@@ -25,13 +26,18 @@ TILES_DIMENSIONS = 4
 class Looker:
     """The vision tower, up to the layer that the model reads, and the projector.
 
-    `table`: float32 [3, 256] of `pixels.pixel_table`.
+    `table`: float32 [3, 256] of `pixels.pixel_table`. `compiled`: by torch, where that pays; for
+    any number of images but one. Raises SpecError where that does not work here.
     """
 
-    def __init__(self, model: "LlavaForConditionalGeneration", table: np.ndarray) -> None:
+    def __init__(
+        self, model: "LlavaForConditionalGeneration", table: np.ndarray, *, compiled: bool = False
+    ) -> None:
         self._model = model
         self._table = torch.from_numpy(table).to(model.device)
         cut_tower(model)
+        if compiled and pays_on(model.device, model.dtype):
+            _compile_tower(model)
         self._seen: dict[str, torch.Tensor | GenerateError] = {}
         self._wanted: Counter[str] = Counter()
 
@@ -139,6 +145,21 @@ def cut_tower(model: "LlavaForConditionalGeneration") -> None:
         owner.layers, model.config.vision_feature_layer = layers, wanted
 
 
+def _compile_tower(model: "LlavaForConditionalGeneration") -> None:
+    """With attention by matrix products, for the reason told in `kernels.py`."""
+    tower: Any = model.model.vision_tower
+    model.set_attn_implementation({"vision_config": "eager"})
+    plain, compiled = tower.forward, torch.compile(tower.forward, dynamic=True)
+
+    def forward(pixels: torch.Tensor, **options: Any) -> Any:
+        # A single image would be compiled again, for itself, and so would another order of axes.
+        return (compiled if len(pixels) > 1 else plain)(pixels.contiguous(), **options)
+
+    tower.forward = forward
+    with compiling(model):
+        _probe(model, images=2)
+
+
 def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module | None:
     tower: torch.nn.Module = model.model.vision_tower
     depth = getattr(tower.config, "num_hidden_layers", None)
@@ -150,7 +171,7 @@ def _owner_of_layers(model: "LlavaForConditionalGeneration") -> torch.nn.Module 
 
 
 @torch.inference_mode()
-def _probe(model: "LlavaForConditionalGeneration") -> torch.Tensor:
+def _probe(model: "LlavaForConditionalGeneration", *, images: int = 1) -> torch.Tensor:
     side = model.config.vision_config.image_size
     pixels = torch.linspace(-1, 1, 3 * side * side, device=model.device).reshape(3, side, side)
     size, family = (side, side), FAMILIES[model.config.model_type]
@@ -158,7 +179,8 @@ def _probe(model: "LlavaForConditionalGeneration") -> torch.Tensor:
         size = min(model.config.image_grid_pinpoints, key=math.prod)
         tiles = 1 + math.prod(size) // side**2
         pixels = pixels.expand(tiles, 3, side, side)
-    found = family.features(model, pixels[None].to(model.dtype), torch.tensor([list(size)]))
+    pixels = torch.stack([pixels.to(model.dtype)] * images)
+    found = family.features(model, pixels, torch.tensor([list(size)] * images))
     return torch.cat(list(found))
 
 

@@ -11,8 +11,6 @@ import torch
 from pipeline.engine.attention import (
     Asked,
     Bias,
-    Pair,
-    Part,
     attend_causally,
     attend_part,
     bias_of,
@@ -20,6 +18,7 @@ from pipeline.engine.attention import (
     joined,
 )
 from pipeline.engine.grid import grid_of
+from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena
 
 
@@ -116,27 +115,22 @@ class _Stretches:
 
 
 class _Causal:
-    """Stretches that see nothing but themselves."""
+    """Stretches over themselves."""
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
         self._stretches = _Stretches(stretches, arena)
+        self._biases: dict[int | None, Bias] = {}
 
     def attend(self, asked: Asked) -> torch.Tensor:
-        """[tokens, heads, dim]"""
+        """[tokens, heads, dim], where they see nothing else."""
+        if asked.kernels.are_compiled:
+            return self.attend_part(asked).out.flatten(1, 2)
         pair = self._stretches.keep(asked)
         heads = asked.query.shape[0]
         query = self._stretches.spread(asked.query, heads)
         return self._stretches.gather(attend_causally(asked, query, *pair)).squeeze(2)
 
-
-class _Fresh:
-    """Questions over themselves, in rows that keep nothing."""
-
-    def __init__(self, questions: Sequence[Stretch], rows: KVArena) -> None:
-        self._stretches = _Stretches(questions, rows)
-        self._biases: dict[int | None, Bias] = {}
-
-    def attend(self, asked: Asked) -> Part:
+    def attend_part(self, asked: Asked) -> Part:
         """[tokens, kv_heads, group, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
@@ -170,7 +164,7 @@ class _Continuing:
         """Where the new keys go: [tokens, kv_heads] of [rows, kv_heads, width], flat."""
         self._biases: dict[int | None, Bias] = {}
 
-    def attend(self, asked: Asked) -> Part:
+    def attend_part(self, asked: Asked) -> Part:
         """[tokens, kv_heads, group, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
@@ -209,9 +203,9 @@ class _Looking:
         questions.sort(key=lambda question: question.start)
         fresh = [question for question in questions if not question.kept]
         continuing = questions[len(fresh) :]
-        self._own: list[_Fresh | _Continuing] = []
+        self._own: list[_Causal | _Continuing] = []
         if fresh:
-            self._own.append(_Fresh(fresh, rows))
+            self._own.append(_Causal(fresh, rows))
         if continuing:
             self._own.append(_Continuing(continuing, rows))
         groups = [[n for q in each.questions for n in range(q.start, q.stop)] for each in looking]
@@ -228,7 +222,7 @@ class _Looking:
         """[tokens, heads, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
-        over_own = _behind_each_other([each.attend(asked) for each in self._own])
+        over_own = _behind_each_other([each.attend_part(asked) for each in self._own])
         keys, values = (
             kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layer(asked.layer)
         )

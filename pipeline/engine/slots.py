@@ -58,7 +58,7 @@ class SlotsEngine:
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
     take; null: a share of the device's memory (`memory.py`). `eager`: attention by matrix products.
-    `compiled`: as in Language; raises SpecError.
+    `compiled`: as in Language and Looker; raises SpecError.
     """
 
     def __init__(  # noqa: PLR0913 (all but the model by name)
@@ -77,7 +77,7 @@ class SlotsEngine:
         self._chooser = Chooser(eos=self._eos, device=self._device)
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
-        self._looker = Looker(model, table)
+        self._looker = Looker(model, table, compiled=compiled)
         self._language = Language(model, eager=eager, compiled=compiled)
         self._room = Room(shape_of(text, dtype=model.dtype, device=model.device), kv_budget_bytes)
         on_cpu = self._device.type == "cpu"

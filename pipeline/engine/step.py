@@ -7,14 +7,13 @@ import torch
 from pipeline.engine.attention import (
     Asked,
     Bias,
-    Pair,
-    Part,
     attend_part,
     bias_of,
     is_seen,
     joined,
 )
 from pipeline.engine.grid import Grid
+from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena
 
 

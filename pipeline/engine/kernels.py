@@ -1,0 +1,142 @@
+"""What computes attention over some of the keys.
+
+    flash      torch's kernel for CPUs, which tells its sums; where oneMKL knows no instructions for
+               bfloat16, it takes as long in it as in float32
+    products   of matrices, which on a CPU are oneDNN's, and a softmax between them; as in
+               transformers' eager attention, scores are rounded to the model's dtype
+    few        for a few queries over many keys, where reading these is all the work
+
+In bfloat16 on a CPU the last two are the faster ones, once torch has compiled them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.engine.compiling import pays_on
+
+LOWEST = torch.finfo(torch.float32).min
+TINY = torch.finfo(torch.float32).tiny
+FEW = 8
+SIZES = 37, 41, 43
+"""To compile with, of sequences, keys and room for them: what no model has two of, so that torch
+does not take one for the other."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention over some of the keys. `out` [..., queries, dim], `lse` float32 [..., queries]."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Part":
+        return Part(change(self.out), change(self.lse))
+
+
+class Kernels:
+    """The fastest there are; `eager`: products; `compiled`: those that torch compiles, too."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, eager: bool, compiled: bool
+    ) -> None:
+        self.are_compiled = compiled and not eager and pays_on(device, dtype)
+        """Causal attention is then faster by `attend`, too, than by torch's own kernel for it."""
+        # Of the kernels that tell their sums, only the CPU's has been tried out.
+        self._has_flash = device.type == "cpu" and not eager
+        self._few_queries = 0
+        self._few: Callable[..., Pair] = torch.compile(few, dynamic=True)
+        self._softmax: Callable[..., Pair] = torch.compile(softmax, dynamic=True)
+
+    def attend(
+        self, query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
+    ) -> Part:
+        """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
+
+        `bias`: [1 or N, 1, 1 or queries, keys], zero or minus infinity. Of a query that sees no key
+        `lse` may be anything, `out` is finite.
+        """
+        sequences, columns = len(query), keys[0].shape[2]
+        # Lengths of one would be compiled again, each for itself.
+        if self.are_compiled and sequences > 1 and columns > 1:
+            if bias is None:
+                bias = query.new_zeros(sequences, 1, 1, columns)
+            if query.shape[2] == self._few_queries and bias.shape[:3] == (sequences, 1, 1):
+                return Part(*self._few(query, *keys, bias, scale))
+            return _by_products(query, keys, bias, scale, softmax=self._softmax)
+        if self._has_flash:
+            return _by_flash(query, keys, bias, scale)
+        return _by_products(query, keys, bias, scale, softmax=softmax)
+
+    def warm_up(self, *, kv_heads: int, group: int, dim: int) -> None:
+        """Have compiled what models without sliding windows want; raises what torch raises."""
+        if not self.are_compiled:
+            return
+        self._few_queries = group if group <= FEW else 0
+        sequences, columns, width = SIZES
+        arena = torch.zeros(2, sequences, kv_heads, width, dim, dtype=torch.bfloat16)
+        keys = arena[0, :, :, :columns], arena[1, :, :, :columns]
+        for tokens in (1, FEW + 1):
+            query = arena.new_zeros(sequences, kv_heads, tokens * group, dim)
+            for bias in ((sequences, 1, 1), (1, 1, query.shape[2])):
+                self.attend(query, keys, arena.new_zeros(*bias, columns), scale=dim**-0.5)
+
+
+def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, scale: float) -> Part:
+    return Part(
+        *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, *keys, attn_mask=bias, scale=scale
+        )
+    )
+
+
+def _by_products(
+    query: torch.Tensor,
+    keys: Pair,
+    bias: torch.Tensor | None,
+    scale: float,
+    *,
+    softmax: Callable[..., Pair],
+) -> Part:
+    weights, lse = softmax(torch.matmul(query, keys[0].transpose(-1, -2)), bias, scale)
+    return Part(torch.matmul(weights, keys[1]), lse)
+
+
+def softmax(
+    scores: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights in the dtype of the scores [..., queries, keys], made in float32, and `lse`."""
+    exact = scores.float() * scale
+    if bias is not None:
+        exact = exact + bias
+    highest, weights, total = _weighed(exact)
+    return (weights / total).to(scores.dtype), (highest + total.log())[..., 0]
+
+
+def few(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and `lse` of [N, kv_heads, queries, dim], in float32; `bias` [N, 1, 1, keys].
+
+    A query after the other, which torch's compiler makes the faster code of.
+    """
+    outs, sums = [], []
+    for n in range(query.shape[2]):
+        exact = (query[:, :, n, None].float() * key.float()).sum(-1) * scale + bias[:, :, 0]
+        highest, weights, total = _weighed(exact)
+        out = (weights[..., None] * value.float()).sum(-2) / total
+        outs.append(out.to(query.dtype))
+        sums.append((highest + total.log())[..., 0])
+    return torch.stack(outs, 2), torch.stack(sums, 2)
+
+
+def _weighed(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The highest score of each query, the weights to that, and their sum."""
+    # Where all keys are hidden, there is nothing to subtract, and nothing to divide by.
+    highest = exact.amax(-1, keepdim=True).clamp(min=LOWEST)
+    weights = (exact - highest).exp()
+    return highest, weights, weights.sum(-1, keepdim=True).clamp(min=TINY)
