@@ -49,8 +49,11 @@ class Kernels:
         # Of the kernels that tell their sums, only the CPU's has been tried out.
         self._has_flash = device.type == "cpu" and not eager
         self._few_queries = 0
-        self._few: Callable[..., Pair] = torch.compile(few, dynamic=True)
-        self._softmax: Callable[..., Pair] = torch.compile(softmax, dynamic=True)
+        self._few: Callable[..., Pair] = few
+        self._softmax: Callable[..., Pair] = softmax
+        if self.are_compiled:
+            self._few = torch.compile(few, dynamic=True)
+            self._softmax = torch.compile(softmax, dynamic=True)
 
     def attend(
         self, query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
