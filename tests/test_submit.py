@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.watch import wait_until
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT_S = 90.0
 SLOW_IMAGES = 12
+IS_STOPPING = "Terminated: finishing what is in flight, for 46 s at most"
 TOKEN = "lavaflow-test-token-0123456789abcdef"
 
 
@@ -195,14 +196,17 @@ def test_a_stopped_job_finishes_what_is_in_flight_and_can_be_submitted_again(
     job_id = lavaflow("submit", str(spec), address=cluster).stdout.strip()
     staging = tmp_path / "out" / "staging"
     wait_until(lambda: staging.is_dir() and any(staging.iterdir()), timeout_s=120)
-    assert "RAY_JOB_STOP_WAIT_TIME_S=76" in environments_of("ray::JobSupervisor")
+    supervisor = processes_of("ray::JobSupervisor")[0]
+    assert "RAY_JOB_STOP_WAIT_TIME_S=76" in (supervisor / "environ").read_text().split("\0")
 
-    stopped = lavaflow("stop", job_id, address=cluster)
-    assert stopped.stdout == f"{job_id} is stopping\n"
+    # However long the command takes, the job is not done before it.
+    with suspended(processes_of("ray::MapWorker")):
+        stopped = lavaflow("stop", job_id, address=cluster)
+        assert stopped.stdout == f"{job_id} is stopping\n"
+        wait_until(lambda: IS_STOPPING in asked(cluster, f"{job_id}/logs")["logs"], timeout_s=60)
     wait_until(lambda: asked(cluster, job_id)["status"] != "RUNNING", timeout_s=60)
     assert asked(cluster, job_id)["status"] == "STOPPED"
     log = lavaflow("logs", job_id, address=cluster).stdout
-    assert "Terminated: finishing what is in flight, for 46 s at most" in log
     assert "Terminated; the same command goes on from here." in log
     told = re.search(r"^(\d+) answers are durable$", log, re.MULTILINE)
     assert told, log
@@ -216,14 +220,22 @@ def test_a_stopped_job_finishes_what_is_in_flight_and_can_be_submitted_again(
     assert pq.read_table(tmp_path / "out/answers").num_rows == SLOW_IMAGES
 
 
-def environments_of(title: str) -> set[str]:
-    """What is in the environment of the processes with this title."""
-    processes = [
-        process.parent
-        for process in Path("/proc").glob("[0-9]*/cmdline")
-        if process.read_text().startswith(title)
-    ]
-    return {text for process in processes for text in (process / "environ").read_text().split("\0")}
+def processes_of(title: str) -> list[Path]:
+    """The folders in /proc of the processes with this title."""
+    found = Path("/proc").glob("[0-9]*/cmdline")
+    return [file.parent for file in found if file.read_text().startswith(title)]
+
+
+@contextlib.contextmanager
+def suspended(processes: Sequence[Path]) -> Iterator[None]:
+    assert processes
+    try:
+        for process in processes:
+            os.kill(int(process.name), signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            os.kill(int(process.name), signal.SIGCONT)
 
 
 @pytest.mark.slow
