@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from ray._private.services import ConsolePopen
 from xdist.scheduler import LoadScopeScheduling
 
@@ -70,6 +71,15 @@ def s3_server() -> Iterator[S3Server]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A job that has run, once for all tests that begin where it has ended."""
     return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch has two, not the one that tiny models are the faster with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

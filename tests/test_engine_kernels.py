@@ -75,6 +75,7 @@ def test_a_query_that_sees_nothing_gets_numbers(compiled: Kernels, queries: int)
     assert compiled.attend(query, keys, bias, scale=SCALE).out.isfinite().all()
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_an_engine_compiles_nothing_once_it_is_there() -> None:
     subject = load_subject(ModelSpec(path=str(shared_checkpoint()), dtype="bfloat16"))
     engine = build_engine(subject, resources=GenerateResources(compile=True))

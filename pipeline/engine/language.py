@@ -9,6 +9,7 @@ from pipeline.engine.attention import Asked, Pass, SlotAttention
 from pipeline.engine.compiling import compiling, pays_on
 from pipeline.engine.kernels import Kernels
 from pipeline.engine.kv import shape_of
+from pipeline.engine.threads import Threads
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -32,6 +33,7 @@ class Language:
         self._attention = SlotAttention(self._kernels)
         model.set_attn_implementation({"text_config": self._attention.name})
         self.device: torch.device = model.device
+        self.threads = Threads(self._text)
         if compiled:
             self._compile()
 
@@ -67,8 +69,10 @@ class Language:
         group = text.num_attention_heads // shape.kv_heads
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
         with compiling(self._model):
-            self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
-            self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
+            for rows in {1, self.threads.most_rows + 1}:
+                with self.threads.enough_for(rows):
+                    self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
+                    self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """From [tokens, hidden] float32 [tokens, vocabulary]."""

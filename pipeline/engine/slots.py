@@ -318,8 +318,9 @@ class SlotsEngine:
 
     def _advance(self, rows: Sequence[Row]) -> None:
         """A token for each of neighbouring rows; where memory runs out, half as many at a time."""
-        if self._fits(lambda: self._decode(rows)):
-            return
+        with self._language.threads.enough_for(len(rows)):
+            if self._fits(lambda: self._decode(rows)):
+                return
         if len(rows) > 1:
             for half in _halves(rows):
                 self._advance(half)
