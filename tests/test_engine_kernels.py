@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from jobs.bench import Bench, build_engine, measure
 from jobs.subject import load_subject
 from jobs.workload import noise, questions
+from pipeline.engine import prefill
 from pipeline.engine.kernels import FEW, Kernels
 from schemas.job import GenerateResources, ModelSpec
 from tests.models import shared_checkpoint
@@ -87,7 +88,10 @@ def test_an_engine_compiles_nothing_once_it_is_there() -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_in_bfloat16_a_compiled_engine_says_what_the_model_does() -> None:
+def test_in_bfloat16_a_compiled_engine_says_what_the_model_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill, "BLOCK_TOKENS", 7)
     bench = Bench(
         mode="vqa",
         images=6,

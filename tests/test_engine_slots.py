@@ -124,6 +124,13 @@ def test_tokens_and_logprobs_equal_generate_on_each_prompt_alone(known: Known, s
     known.check(known.engine(slots=slots), groups_of([12, 1, 5, 2, 1, 7, 3], rng))
 
 
+def test_questions_of_several_blocks_give_the_same(
+    known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "BLOCK_TOKENS", 3)
+    known.check(known.engine(slots=8), groups_of([6, 1, 3, 1, 2], random.Random(1)))
+
+
 def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
     groups = groups_of([6, 1, 3, 1, 2], random.Random(0))
     known.check(known.engine(slots=8, eager=True), groups)

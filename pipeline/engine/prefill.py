@@ -3,6 +3,7 @@
 A question that continues another one looks at what its row has of that, too.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from pipeline.engine.attention import (
 from pipeline.engine.grid import grid_of
 from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena
+
+BLOCK_TOKENS = 128
+"""At most, of those that look at the same keys: fewer take longer to set going than they spare."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +112,22 @@ class _Stretches:
 
     def keep(self, asked: Asked) -> Pair:
         """Put keys and values in their places; gives them [count, kv_heads, longest, dim]."""
-        pair = self.spread(asked.key, asked.kv_heads), self.spread(asked.value, asked.kv_heads)
-        for kept, new in zip(self._arena.layer(asked.layer), pair, strict=True):
-            kept[self.places, :, : self.longest] = new
-        return pair
+        keys, values = self._arena.layer(asked.layer)
+        for kept, new in ((keys, asked.key), (values, asked.value)):
+            kept[self.places, :, : self.longest] = self.spread(new, asked.kv_heads)
+        # Where they follow each other, matrix products take these as they are, without a copy.
+        return keys[self.places, :, : self.longest], values[self.places, :, : self.longest]
 
 
 class _Causal:
-    """Stretches over themselves."""
+    """Stretches over themselves, block by block: what follows a block is not computed for it."""
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
         self._stretches = _Stretches(stretches, arena)
-        self._biases: dict[int | None, Bias] = {}
+        blocks = -(-self._stretches.longest // BLOCK_TOKENS)
+        bounds = [n * self._stretches.longest // blocks for n in range(blocks + 1)]
+        self._blocks = list(itertools.pairwise(bounds))
+        self._biases: dict[int | None, list[Bias]] = {}
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim], where they see nothing else."""
@@ -133,16 +141,25 @@ class _Causal:
     def attend_part(self, asked: Asked) -> Part:
         """[tokens, kv_heads, group, dim]"""
         if asked.window not in self._biases:
-            self._biases[asked.window] = self._bias(asked)
-        own = self._stretches.keep(asked)
+            biases = [self._bias(asked, start, stop) for start, stop in self._blocks]
+            self._biases[asked.window] = biases
+        keys, values = self._stretches.keep(asked)
         query = self._stretches.spread(asked.query, asked.kv_heads)
-        found = attend_part(asked, query, own, self._biases[asked.window])
-        return found.each(self._stretches.gather)
+        parts = [
+            attend_part(
+                asked,
+                query[:, :, start * asked.group : stop * asked.group],
+                (keys[:, :, :stop], values[:, :, :stop]),
+                bias,
+            )
+            for (start, stop), bias in zip(self._blocks, self._biases[asked.window], strict=True)
+        ]
+        return _put_together(parts, 2).each(self._stretches.gather)
 
-    def _bias(self, asked: Asked) -> Bias:
-        """[1, 1, longest * group, longest]: causal, and within the window."""
-        places = torch.arange(self._stretches.longest, device=asked.query.device)
-        seen = is_seen(places[:, None] - places[None, :], asked.window)
+    def _bias(self, asked: Asked, start: int, stop: int) -> Bias:
+        """[1, 1, (stop - start) * group, stop]: causal, and within the window."""
+        places = torch.arange(stop, device=asked.query.device)
+        seen = is_seen(places[start:, None] - places[None, :], asked.window)
         return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
 
 
@@ -222,7 +239,7 @@ class _Looking:
         """[tokens, heads, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
-        over_own = _behind_each_other([each.attend_part(asked) for each in self._own])
+        over_own = _put_together([each.attend_part(asked) for each in self._own], 0)
         keys, values = (
             kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layer(asked.layer)
         )
@@ -242,10 +259,12 @@ class _Looking:
         return None if bool(seen.all()) else bias_of(seen[:, None], asked.query.dtype)
 
 
-def _behind_each_other(parts: Sequence[Part]) -> Part:
+def _put_together(parts: Sequence[Part], dim: int) -> Part:
+    """Of other queries each."""
     if len(parts) == 1:
         return parts[0]
-    return Part(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+    outs, sums = [part.out for part in parts], [part.lse for part in parts]
+    return Part(torch.cat(outs, dim), torch.cat(sums, dim))
 
 
 def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

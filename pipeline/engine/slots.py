@@ -38,7 +38,7 @@ from schemas.errors import DeviceOutOfMemory, GenerateError, PromptTooLong
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-CPU_PREFILL_TOKENS = 2048
+CPU_PREFILL_TOKENS = 4096
 PREFILL_TOKENS = 16384
 """Of one pass, about: enough to keep a device busy, on a CPU few enough to stay in its caches."""
 
