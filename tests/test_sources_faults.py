@@ -31,6 +31,7 @@ from tests.storms import Storm, storms
 from tests.whole_jobs import job_of
 
 TIMEOUT_S = 0.3
+CALM_TIMEOUT_S = 30.0
 IMAGES = 36
 FAULTS = 8
 MOST_SHARDS = 10
@@ -60,9 +61,11 @@ def proxy(s3_server: S3Server) -> Iterator[Proxy]:
     proxy.close()
 
 
-def source_at(endpoint_url: str, kind: str, place: str, *, fetches: bool = True) -> Source:
-    storage = StorageSpec(endpoint_url=endpoint_url, timeout_s=TIMEOUT_S)
-    keys = source_of(kind, place, storage=storage, image_timeout_s=2 * TIMEOUT_S)
+def source_at(
+    endpoint_url: str, kind: str, place: str, *, fetches: bool = True, timeout_s: float
+) -> Source:
+    storage = StorageSpec(endpoint_url=endpoint_url, timeout_s=timeout_s)
+    keys = source_of(kind, place, storage=storage, image_timeout_s=2 * timeout_s)
     spec = SourceSpec.model_validate(keys)
     keep = open_source(spec).keep_types()
     return open_source(spec, keep=keep, fetcher=None if fetches else Unfetched(spec))
@@ -118,24 +121,29 @@ def calm(s3_server: S3Server, place: str) -> Callable[[str], Read]:
 
     @functools.cache
     def read(kind: str) -> Read:
-        return read_to_the_end(readings_of(source_at(s3_server.endpoint_url, kind, place)))
+        calm = readings_at(s3_server.endpoint_url, kind, place, timeout_s=CALM_TIMEOUT_S)
+        return read_to_the_end(calm)
 
     return read
 
 
-def readings_of(source: Source) -> list[Reading]:
-    return [Reading(source, shard) for shard in source.list()[:MOST_SHARDS]]
+def readings_at(
+    endpoint_url: str, kind: str, place: str, *, fetches: bool = True, timeout_s: float = TIMEOUT_S
+) -> list[Reading]:
+    """Listed while nothing is wrong with the store, however busy this machine is."""
+    patient = source_at(endpoint_url, kind, place, timeout_s=CALM_TIMEOUT_S)
+    source = source_at(endpoint_url, kind, place, fetches=fetches, timeout_s=timeout_s)
+    return [Reading(source, shard) for shard in patient.list()[:MOST_SHARDS]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_through_a_storm_is_what_is_there(
     proxy: Proxy, place: str, calm: Callable[[str], Read], kind: str
 ) -> None:
-    source = source_at(proxy.endpoint_url, kind, place)
-    shards = [reading.shard for reading in readings_of(source)]
+    readings = readings_at(proxy.endpoint_url, kind, place)
     proxy.faults = Faults(seed=1, share=0.3, slow_s=TIMEOUT_S)
     while proxy.faults.happened.total() < FAULTS:
-        stormy = read_to_the_end([Reading(source, shard) for shard in shards])
+        stormy = read_to_the_end([Reading(each.source, each.shard) for each in readings])
         assert stormy == calm(kind)
 
 
@@ -143,7 +151,7 @@ def test_what_is_read_through_a_storm_is_what_is_there(
 def test_a_store_that_falls_silent_fails_no_row_and_is_read_on_when_it_is_back(
     proxy: Proxy, place: str, calm: Callable[[str], Read], kind: str
 ) -> None:
-    first, second = readings_of(source_at(proxy.endpoint_url, kind, place))[:2]
+    first, second = readings_at(proxy.endpoint_url, kind, place)[:2]
     under_way = first.source.read(first.shard, skip=Ranges())
     if kind in {"webdataset", "parquet"}:
         sample = next(under_way)
@@ -164,9 +172,9 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_end_of_a_file(
     s3_server: S3Server, proxy: Proxy, place: str, kind: str, most: int
 ) -> None:
     """Where nearly all break off behind their head, no retry hides what a file looks like then."""
-    well = source_at(s3_server.endpoint_url, kind, place, fetches=False)
-    calm = read_to_the_end(readings_of(well))
-    readings = readings_of(source_at(proxy.endpoint_url, kind, place, fetches=False))
+    well = readings_at(s3_server.endpoint_url, kind, place, fetches=False, timeout_s=CALM_TIMEOUT_S)
+    calm = read_to_the_end(well)
+    readings = readings_at(proxy.endpoint_url, kind, place, fetches=False)
     kinds = ("cut", "reset")
     proxy.faults = Faults(seed=1, share=0.9, kinds=kinds, between_bytes=(500, most))
     for reading in readings:
