@@ -92,7 +92,8 @@ def _free_ports(count: int) -> list[int]:
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         # Both below the range that the system hands out by itself.
-        for port in range(11_000 + os.getpid() % 10_000, 22_000):
+        # Processes that start together have neighbouring ids: each looks at ports of its own.
+        for port in range(11_000 + os.getpid() * 101 % 10_000, 22_000):
             try:
                 for each in (port, port + GRPC_OFFSET):
                     taken = stack.enter_context(socket.socket())
