@@ -69,6 +69,7 @@ class Language:
         group = text.num_attention_heads // shape.kv_heads
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
         with compiling(self._model):
+            # With the threads that small steps take, and with those that all else takes.
             for rows in {1, self.threads.most_rows + 1}:
                 with self.threads.enough_for(rows):
                     self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
