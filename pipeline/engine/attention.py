@@ -65,6 +65,8 @@ class SlotAttention:
         self._number = next(_NUMBERS)
         self.name = f"lavaflow_slots_{self._number}"
         self.current: Pass | None = None
+        self.traced: Pass | None = None
+        """Instead of `current`, one that is compiled together with the model."""
         _BY_NUMBER[self._number] = self
         AttentionInterface.register(self.name, self._attend)
         AttentionMaskInterface.register(self.name, _no_mask)
@@ -82,6 +84,11 @@ class SlotAttention:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.traced is not None:
+            asked = Asked(
+                module.layer_idx, query[0], key[0], value[0], scale, sliding_window, self._kernels
+            )
+            return self.traced.attend(asked)[None], None
         if torch.compiler.is_compiling():
             numbers = self._number, module.layer_idx, scale, sliding_window
             return _attend_uncompiled(query, key, value, *numbers), None

@@ -1,8 +1,9 @@
 """What torch compiles of a model: when that pays, and what is said where it does not work."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import gc
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -13,9 +14,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MODELS = 16
+COMPILED_OF_A_MODEL = 4
+"""Of one function, at most: passes and steps, each for two numbers of threads."""
+
+
 def pays_on(device: torch.device, dtype: torch.dtype) -> bool:
     """For all but the text model, which gains by it everywhere: attention, the vision tower."""
     return device.type == "cpu" and dtype == torch.bfloat16
+
+
+def compile_once(function: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
+    """For any lengths but one."""
+    # Counted together for all models of a process, since they share transformers' functions.
+    torch._dynamo.config.recompile_limit = MODELS * COMPILED_OF_A_MODEL
+    return torch.compile(function, dynamic=True, fullgraph=fullgraph)
 
 
 @contextlib.contextmanager
@@ -27,8 +40,13 @@ def compiling(model: "PreTrainedModel") -> Iterator[None]:
     """
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     is_frozen = pays_on(model.device, model.dtype) and not is_quantized
+    # Looking for garbage among all that torch makes meanwhile would take a third of the time.
+    gc.disable()
     try:
-        with torch._inductor.config.patch(freezing=is_frozen):
+        with (
+            torch._inductor.config.patch(freezing=is_frozen),
+            torch._dynamo.config.patch(specialize_float=True),
+        ):
             yield
     except TorchDynamoException as error:
         what = " ".join(str(error).split("\n\n")[0].split())
@@ -36,3 +54,5 @@ def compiling(model: "PreTrainedModel") -> Iterator[None]:
             f"resources.generate.compile: the model cannot be compiled here ({what}): set it to "
             "false"
         ) from error
+    finally:
+        gc.enable()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.engine.compiling import pays_on
+from pipeline.engine.compiling import compile_once, pays_on
 
 LOWEST = torch.finfo(torch.float32).min
 TINY = torch.finfo(torch.float32).tiny
@@ -48,12 +48,13 @@ class Kernels:
         """Causal attention is then faster by `attend`, too, than by torch's own kernel for it."""
         # Of the kernels that tell their sums, only the CPU's has been tried out.
         self._has_flash = device.type == "cpu" and not eager
+        self.can_be_traced = self._has_flash and compiled
+        """Whether steps are compiled with their attention, by `few`; that, too, only there."""
         self._few_queries = 0
         self._few: Callable[..., Pair] = few
         self._softmax: Callable[..., Pair] = softmax
         if self.are_compiled:
-            self._few = torch.compile(few, dynamic=True)
-            self._softmax = torch.compile(softmax, dynamic=True)
+            self._few, self._softmax = compile_once(few), compile_once(softmax)
 
     def attend(
         self, query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
@@ -81,8 +82,8 @@ class Kernels:
             return
         self._few_queries = group if group <= FEW else 0
         sequences, columns, width = SIZES
-        arena = torch.zeros(2, sequences, kv_heads, width, dim, dtype=torch.bfloat16)
-        keys = arena[0, :, :, :columns], arena[1, :, :, :columns]
+        arena = torch.zeros(sequences, kv_heads, width, dim, dtype=torch.bfloat16)
+        keys = arena[:, :, :columns], arena.clone()[:, :, :columns]
         for tokens in (1, FEW + 1):
             query = arena.new_zeros(sequences, kv_heads, tokens * group, dim)
             for bias in ((sequences, 1, 1), (1, 1, query.shape[2])):

@@ -1,16 +1,20 @@
 """Keys and values of what is being answered, preallocated and written in place.
 
-    prefixes   [layers, 2, slots, kv_heads, width, head_dim]   an image's prompt up to its question
-    branches   [layers, 2, rows, kv_heads, width, head_dim]    a question and its answer
+    prefixes   [slots, kv_heads, width, head_dim]   an image's prompt up to its question
+    branches   [rows, kv_heads, width, head_dim]    a question and its answer
 
 Live slots and rows come first and without gaps: what a step looks at is a view, never a copy. Stale
 numbers may lie behind them and beyond a length; they are finite, and a mask hides them.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from pipeline.engine.kernels import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,34 +52,42 @@ class KVArena:
 
     def __init__(self, shape: Shape, *, capacity: int, width: int) -> None:
         self.capacity, self.width, self.device = capacity, width, shape.device
+        self.kv_heads = shape.kv_heads
+        size = (capacity, shape.kv_heads, width, shape.head_dim)
         # Zeros, because what was never written is multiplied by probabilities of zero.
-        self._data = torch.zeros(
-            (shape.layers, 2, capacity, shape.kv_heads, width, shape.head_dim),
-            dtype=shape.dtype,
-            device=shape.device,
-        )
+        # One tensor each: torch's compiler copies all of what it writes parts of.
+        self.layers: list[Pair] = [
+            (
+                torch.zeros(size, dtype=shape.dtype, device=shape.device),
+                torch.zeros(size, dtype=shape.dtype, device=shape.device),
+            )
+            for _ in range(shape.layers)
+        ]
+        """Of each, keys and values [capacity, kv_heads, width, head_dim]."""
 
     @property
-    def kv_heads(self) -> int:
-        return self._data.shape[3]
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [capacity, kv_heads, width, head_dim] of one layer."""
-        return self._data[layer, 0], self._data[layer, 1]
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self.each())
 
     def move(self, source: int, target: int, *, tokens: int) -> None:
         """Put the first tokens of a sequence in the place of another."""
-        self._data[:, :, target, :, :tokens] = self._data[:, :, source, :, :tokens]
+        for kept in self.each():
+            kept[target, :, :tokens] = kept[source, :, :tokens]
 
     def copy(self, other: "KVArena", *, sequences: int) -> None:
         """Put the first sequences of another arena in the same places, as far as they are wide."""
         width = min(self.width, other.width)
-        self._data[:, :, :sequences, :, :width] = other._data[:, :, :sequences, :, :width]
+        for kept, there in zip(self.each(), other.each(), strict=True):
+            kept[:sequences, :, :width] = there[:sequences, :, :width]
 
     def free(self) -> None:
         """It has no place for anything then."""
-        self._data = self._data.new_empty(0)
+        self.layers = []
 
     def clear(self, place: int) -> None:
         """Zero a sequence whose numbers are not finite."""
-        self._data[:, :, place] = 0
+        for kept in self.each():
+            kept[place] = 0
+
+    def each(self) -> Iterator[torch.Tensor]:
+        return itertools.chain.from_iterable(self.layers)

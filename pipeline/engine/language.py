@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.engine.attention import Asked, Pass, SlotAttention
-from pipeline.engine.compiling import compiling, pays_on
-from pipeline.engine.kernels import Kernels
-from pipeline.engine.kv import shape_of
+from pipeline.engine.compiling import compile_once, compiling, pays_on
+from pipeline.engine.kernels import FEW, Kernels
+from pipeline.engine.kv import Shape, shape_of
+from pipeline.engine.step import Decode
 from pipeline.engine.threads import Threads
+from pipeline.engine.traced import ROWS, TracedStep, example, small_alone
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -28,6 +30,7 @@ class Language:
         self._model: Any = model
         self._text: Any = model.model.language_model
         self._compiled: Any = None
+        self._compiled_step: Any = None
         self._compiled_head: Any = None
         self._kernels = Kernels(model.device, model.dtype, eager=eager, compiled=compiled)
         self._attention = SlotAttention(self._kernels)
@@ -45,35 +48,51 @@ class Language:
 
     def run(self, what: Pass, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] in and out; raises what the device raises."""
-        text, sequence = self._text, (embeds[None], positions[None])
+        step = what.traced() if isinstance(what, Decode) else None
+        if self._compiled_step is not None and step is not None:
+            return self._step(step, embeds, positions)
+        text = self._text
         # A single token would be compiled again, for itself.
         if self._compiled is not None and len(positions) > 1:
             text = self._compiled
-            for each in sequence:
-                torch._dynamo.mark_dynamic(each, 1)
         self._attention.current = what
         try:
-            out = text(inputs_embeds=sequence[0], position_ids=sequence[1], use_cache=False)
+            return _hidden(text, embeds, positions)
         finally:
             self._attention.current = None
-        hidden: torch.Tensor = out.last_hidden_state[0]
-        return hidden
+
+    def _step(
+        self, step: TracedStep, embeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        self._attention.traced = step
+        try:
+            return _hidden(self._compiled_step, embeds, positions)
+        finally:
+            self._attention.traced = None
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        self._compiled = torch.compile(self._text.forward, dynamic=True, fullgraph=True)
+        self._compiled = compile_once(self._text.forward, fullgraph=True)
         if pays_on(self.device, self._model.dtype):
-            self._compiled_head = torch.compile(self._model.lm_head.forward, dynamic=True)
+            self._compiled_head = compile_once(self._model.lm_head.forward)
         text = self._model.config.get_text_config()
         shape = shape_of(text, dtype=self._model.dtype, device=self.device)
         group = text.num_attention_heads // shape.kv_heads
-        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        with compiling(self._model):
-            # With the threads that small steps take, and with those that all else takes.
-            for rows in {1, self.threads.most_rows + 1}:
-                with self.threads.enough_for(rows):
-                    self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
-                    self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
+        if self._kernels.can_be_traced and group <= FEW:
+            self._compiled_step = compile_once(self._text.forward, fullgraph=True)
+        tokens = torch.zeros(ROWS, dtype=torch.long, device=self.device)
+        # With the threads that small steps take, and with those that all else takes.
+        for rows in {1, self.threads.most_rows + 1}:
+            with self.threads.enough_for(rows), compiling(self._model):
+                self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
+                self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
+                if self._compiled_step is not None:
+                    self._warm_up_step(shape)
+
+    def _warm_up_step(self, shape: Shape) -> None:
+        positions = torch.zeros(ROWS, dtype=torch.long)
+        with small_alone():
+            self._step(example(shape), self.embedded(positions), positions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """From [tokens, hidden] float32 [tokens, vocabulary]."""
@@ -82,6 +101,12 @@ class Language:
             head = self._compiled_head
         logits: torch.Tensor = head(hidden).float()
         return logits
+
+
+def _hidden(text: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    out = text(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False)
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
 
 
 class _Nothing:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.engine.compiling import compiling, pays_on
+from pipeline.engine.compiling import compile_once, compiling, pays_on
 from pipeline.engine.family import FAMILIES
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.pixels import normalised
@@ -149,11 +149,11 @@ def _compile_tower(model: "LlavaForConditionalGeneration") -> None:
     """With attention by matrix products, for the reason told in `kernels.py`."""
     tower: Any = model.model.vision_tower
     model.set_attn_implementation({"vision_config": "eager"})
-    plain, compiled = tower.forward, torch.compile(tower.forward, dynamic=True)
+    plain, fast = tower.forward, compile_once(tower.forward)
 
     def forward(pixels: torch.Tensor, **options: Any) -> Any:
         # A single image would be compiled again, for itself, and so would another order of axes.
-        return (compiled if len(pixels) > 1 else plain)(pixels.contiguous(), **options)
+        return (fast if len(pixels) > 1 else plain)(pixels.contiguous(), **options)
 
     tower.forward = forward
     with compiling(model):

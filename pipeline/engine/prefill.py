@@ -112,7 +112,7 @@ class _Stretches:
 
     def keep(self, asked: Asked) -> Pair:
         """Put keys and values in their places; gives them [count, kv_heads, longest, dim]."""
-        keys, values = self._arena.layer(asked.layer)
+        keys, values = self._arena.layers[asked.layer]
         for kept, new in ((keys, asked.key), (values, asked.value)):
             kept[self.places, :, : self.longest] = self.spread(new, asked.kv_heads)
         # Where they follow each other, matrix products take these as they are, without a copy.
@@ -188,7 +188,7 @@ class _Continuing:
         keys, values = (
             self._written(kept, new)[self._stretches.places, :, : self._longest]
             for kept, new in zip(
-                self._arena.layer(asked.layer), (asked.key, asked.value), strict=True
+                self._arena.layers[asked.layer], (asked.key, asked.value), strict=True
             )
         )
         query = self._stretches.spread(asked.query, asked.kv_heads)
@@ -241,7 +241,7 @@ class _Looking:
             self._biases[asked.window] = self._bias(asked)
         over_own = _put_together([each.attend_part(asked) for each in self._own], 0)
         keys, values = (
-            kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layer(asked.layer)
+            kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layers[asked.layer]
         )
         query = self._grid.spread(asked.query, asked.kv_heads)
         found = attend_part(asked, query, (keys, values), self._biases[asked.window])

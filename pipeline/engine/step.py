@@ -15,6 +15,7 @@ from pipeline.engine.attention import (
 from pipeline.engine.grid import Grid
 from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena
+from pipeline.engine.traced import TracedStep
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,23 @@ class Decode:
         over_prefix = self._over_prefix(self._shared, asked, query, shared_bias)
         return joined(over_prefix, found).reshape(rows, heads, dim)
 
+    def traced(self) -> TracedStep | None:
+        """The same as a part of what is compiled; null where it is none, or would be compiled once
+        more: for a length of one, and where all of the rows' width is looked at."""
+        longest, width = self._longest_own, self._branches.width
+        is_alike = len(self._own_tokens) > 1 and 1 < longest < width
+        if self._shared is not None or self._rows.start or not is_alike:
+            return None
+        return TracedStep(
+            self._branches, own_tokens=self._own_tokens, longest_own=longest, new=self._new
+        )
+
     def _over_prefix(
         self, shared: Shared, asked: Asked, query: torch.Tensor, bias: Bias | None
     ) -> Part:
         keys, values = (
             kept[: len(shared.tokens), :, : shared.longest]
-            for kept in shared.arena.layer(asked.layer)
+            for kept in shared.arena.layers[asked.layer]
         )
         if shared.grid is None:
             return attend_part(asked, query, (keys, values), bias)
@@ -90,7 +102,7 @@ class Decode:
 
     def _write(self, asked: Asked) -> Pair:
         """Put the new keys and values in their places; gives those of the rows up to there."""
-        pair = tuple(kept[self._rows] for kept in self._branches.layer(asked.layer))
+        pair = tuple(kept[self._rows] for kept in self._branches.layers[asked.layer])
         for kept, new in zip(pair, (asked.key, asked.value), strict=True):
             dim = new.shape[-1]
             kept.view(-1, dim).index_copy_(0, self._new, new.transpose(0, 1).reshape(-1, dim))
