@@ -6,6 +6,7 @@ together, and where keys and values go, is told beforehand by a pass:
 
     prefill.py   prompts
     step.py      one more token for each answer
+    traced.py    the same, for torch to compile together with the model
 
 A question's attention is computed in two parts, over the prefix that it shares and over itself, and
 put together by the logarithms of their sums, as flash attention does between its blocks.

@@ -40,7 +40,8 @@ def compiling(model: "PreTrainedModel") -> Iterator[None]:
     """
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     is_frozen = pays_on(model.device, model.dtype) and not is_quantized
-    # Looking for garbage among all that torch makes meanwhile would take a third of the time.
+    # Looking for garbage among all that torch makes meanwhile takes long.
+    looked_for_garbage = gc.isenabled()
     gc.disable()
     try:
         with (
@@ -55,4 +56,5 @@ def compiling(model: "PreTrainedModel") -> Iterator[None]:
             "false"
         ) from error
     finally:
-        gc.enable()
+        if looked_for_garbage:
+            gc.enable()

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Language:
     """The text model of a LLaVA; `eager`: attention by matrix products.
 
-    `compiled`: by torch, for any number of tokens but one; all but what is read and written of
-    keys. Raises SpecError where that does not work here.
+    `compiled`: by torch, for any number of tokens but one; what reads prompts, without what is read
+    and written of keys, and on a CPU steps with that. Raises SpecError where that does not work
+    here.
     """
 
     def __init__(

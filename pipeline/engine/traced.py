@@ -17,7 +17,7 @@ LONGEST, WIDTH = 251, 257
 """To compile with: no two alike, and such as steps have, since torch decides by them what is shared
 among threads."""
 SMALL = 2**16
-"""Numbers of which each thread gets as many at least: they take it as long as it takes to wake."""
+"""Numbers that each thread gets at least: for fewer it is not woken."""
 
 
 class TracedStep:
