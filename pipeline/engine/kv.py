@@ -3,6 +3,8 @@
     prefixes   [slots, kv_heads, width, head_dim]   an image's prompt up to its question
     branches   [rows, kv_heads, width, head_dim]    a question and its answer
 
+of each layer, keys and values apart.
+
 Live slots and rows come first and without gaps: what a step looks at is a view, never a copy. Stale
 numbers may lie behind them and beyond a length; they are finite, and a mask hides them.
 """
@@ -67,17 +69,17 @@ class KVArena:
 
     @property
     def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self.each())
+        return sum(kept.nbytes for kept in self._each())
 
     def move(self, source: int, target: int, *, tokens: int) -> None:
         """Put the first tokens of a sequence in the place of another."""
-        for kept in self.each():
+        for kept in self._each():
             kept[target, :, :tokens] = kept[source, :, :tokens]
 
     def copy(self, other: "KVArena", *, sequences: int) -> None:
         """Put the first sequences of another arena in the same places, as far as they are wide."""
         width = min(self.width, other.width)
-        for kept, there in zip(self.each(), other.each(), strict=True):
+        for kept, there in zip(self._each(), other._each(), strict=True):
             kept[:sequences, :, :width] = there[:sequences, :, :width]
 
     def free(self) -> None:
@@ -86,8 +88,15 @@ class KVArena:
 
     def clear(self, place: int) -> None:
         """Zero a sequence whose numbers are not finite."""
-        for kept in self.each():
+        for kept in self._each():
             kept[place] = 0
 
-    def each(self) -> Iterator[torch.Tensor]:
+    def _each(self) -> Iterator[torch.Tensor]:
         return itertools.chain.from_iterable(self.layers)
+
+
+def put(kept: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> None:
+    """New keys or values [kv_heads, tokens, dim] in their places [tokens * kv_heads], which are
+    those of [sequences, kv_heads, width], flat."""
+    dim = new.shape[-1]
+    kept.view(-1, dim).index_copy_(0, places, new.transpose(0, 1).reshape(-1, dim))

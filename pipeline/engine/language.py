@@ -8,7 +8,7 @@ import torch
 from pipeline.engine.attention import Asked, Pass, SlotAttention
 from pipeline.engine.compiling import compile_once, compiling, pays_on
 from pipeline.engine.kernels import FEW, Kernels
-from pipeline.engine.kv import Shape, shape_of
+from pipeline.engine.kv import shape_of
 from pipeline.engine.step import Decode
 from pipeline.engine.threads import Threads
 from pipeline.engine.traced import ROWS, TracedStep, example, small_alone
@@ -49,9 +49,10 @@ class Language:
 
     def run(self, what: Pass, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] in and out; raises what the device raises."""
-        step = what.traced() if isinstance(what, Decode) else None
-        if self._compiled_step is not None and step is not None:
-            return self._step(step, embeds, positions)
+        if self._compiled_step is not None and isinstance(what, Decode):
+            step = what.traced()
+            if step is not None:
+                return self._step(step, embeds, positions)
         text = self._text
         # A single token would be compiled again, for itself.
         if self._compiled is not None and len(positions) > 1:
@@ -88,12 +89,8 @@ class Language:
                 self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
                 self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
                 if self._compiled_step is not None:
-                    self._warm_up_step(shape)
-
-    def _warm_up_step(self, shape: Shape) -> None:
-        positions = torch.zeros(ROWS, dtype=torch.long)
-        with small_alone():
-            self._step(example(shape), self.embedded(positions), positions)
+                    with small_alone():
+                        self._step(example(shape), self.embedded(tokens), tokens)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """From [tokens, hidden] float32 [tokens, vocabulary]."""

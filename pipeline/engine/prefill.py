@@ -20,7 +20,7 @@ from pipeline.engine.attention import (
 )
 from pipeline.engine.grid import grid_of
 from pipeline.engine.kernels import Pair, Part
-from pipeline.engine.kv import KVArena
+from pipeline.engine.kv import KVArena, put
 
 BLOCK_TOKENS = 128
 """At most, of those that look at the same keys: fewer take longer to set going than they spare."""
@@ -196,9 +196,7 @@ class _Continuing:
         return found.each(self._stretches.gather)
 
     def _written(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        dim = new.shape[-1]
-        own = new[:, self._tokens].transpose(0, 1).reshape(-1, dim)
-        kept.view(-1, dim).index_copy_(0, self._new, own)
+        put(kept, self._new, new[:, self._tokens])
         return kept
 
     def _bias(self, asked: Asked) -> Bias:

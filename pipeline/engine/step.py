@@ -14,7 +14,7 @@ from pipeline.engine.attention import (
 )
 from pipeline.engine.grid import Grid
 from pipeline.engine.kernels import Pair, Part
-from pipeline.engine.kv import KVArena
+from pipeline.engine.kv import KVArena, put
 from pipeline.engine.traced import TracedStep
 
 
@@ -104,8 +104,7 @@ class Decode:
         """Put the new keys and values in their places; gives those of the rows up to there."""
         pair = tuple(kept[self._rows] for kept in self._branches.layers[asked.layer])
         for kept, new in zip(pair, (asked.key, asked.value), strict=True):
-            dim = new.shape[-1]
-            kept.view(-1, dim).index_copy_(0, self._new, new.transpose(0, 1).reshape(-1, dim))
+            put(kept, self._new, new)
         keys, values = pair
         return keys[:, :, : self._longest_own], values[:, :, : self._longest_own]
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine.attention import Asked, is_seen
 from pipeline.engine.kernels import few
-from pipeline.engine.kv import KVArena, Shape
+from pipeline.engine.kv import KVArena, Shape, put
 
 ROWS, CAPACITY = 61, 67
 LONGEST, WIDTH = 251, 257
@@ -37,8 +37,7 @@ class TracedStep:
         heads, rows, dim = asked.query.shape
         pair = self._kept[asked.layer]
         for kept, new in zip(pair, (asked.key, asked.value), strict=True):
-            own = new.transpose(0, 1).reshape(-1, dim)
-            kept.view(-1, dim).index_copy_(0, self._new, own)
+            put(kept, self._new, new)
         keys, values = (kept[:rows, :, : len(self._columns)] for kept in pair)
         seen = is_seen((self._own_tokens - 1)[:, None] - self._columns, asked.window)
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
