@@ -307,10 +307,9 @@ class GenerateResources(Spec):
     batch_size: int = Field(16, gt=0, description="Images that are handed over together.")
     compile: bool = Field(
         False,
-        description="Have torch compile the text model before the first answer, and in bfloat16 "
-        "on a CPU the rest of the model, too: for large models and long jobs. It takes two or "
-        "three minutes on each actor and, on a CPU, a C++ compiler and, in bfloat16, memory for "
-        "the weights three times.",
+        description="Have torch compile the text model before the first answer, and on a CPU the "
+        "rest of the model, too: for large models and long jobs. It takes two or three minutes on "
+        "each actor and, on a CPU, a C++ compiler and memory for the weights three times.",
     )
     kv_budget_bytes: int | None = Field(
         None,

@@ -447,7 +447,7 @@ def own_keys_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     def bias(part: Any, asked: Any) -> Any:
         found = right_bias(part, asked)
         for question, kept in enumerate(part._kept.tolist()):
-            found.added[question, ..., :kept] = float("-inf")
+            found[question, ..., :kept] = float("-inf")
         return found
 
     right_bias = prefill._Continuing._bias
@@ -466,7 +466,8 @@ def written_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(part: Any, questions: Sequence[Any], rows: Any) -> None:
         make(part, questions, rows)
-        part._new = (part._new - questions[0].kept).clamp(min=0)
+        own = part._stretches
+        own._new = (own._new - questions[0].kept).clamp(min=0)
 
     monkeypatch.setattr(prefill._Continuing, "__init__", made)
 

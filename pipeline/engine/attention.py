@@ -4,12 +4,13 @@ A text model of transformers calls whatever attention function its config names.
 such a function. Its tokens come as one flat sequence without padding; which of them belong
 together, and where keys and values go, is told beforehand by a pass:
 
-    prefill.py   prompts
-    step.py      one more token for each answer
-    traced.py    the same, for torch to compile together with the model
+    prefill.py      prompts
+    step.py         one more token for each answer
+    traced.py       the same, for torch to compile together with the model
+    last_layer.py   what of the last layer is left out
 
 A question's attention is computed in two parts, over the prefix that it shares and over itself, and
-put together by the logarithms of their sums, as flash attention does between its blocks.
+joined (`kernels.py`).
 """
 
 import itertools
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from pipeline.engine.kernels import Kernels, Pair, Part
+from pipeline.engine.grid import Grid
+from pipeline.engine.kernels import Kernels
+from pipeline.engine.last_layer import LastLayer
 
 _NUMBERS = itertools.count()
 _BY_NUMBER: dict[int, "SlotAttention"] = {}
@@ -30,6 +33,7 @@ _BY_NUMBER: dict[int, "SlotAttention"] = {}
 class Asked:
     """What a layer asks: `query` [heads, tokens, dim], `key` and `value` [kv_heads, tokens, dim].
 
+    In the last layer, `query` is that of the tokens only that the pass wants, if it names them.
     `window`: so many of the latest positions are seen, its own included; null for all.
     """
 
@@ -54,15 +58,19 @@ class Asked:
 class Pass(Protocol):
     """One run of the text model over a flat sequence of tokens."""
 
+    @property
+    def wanted(self) -> torch.Tensor | None:
+        """The tokens [wanted] whose hidden states are asked for; null for all of them."""
+
     def attend(self, asked: Asked) -> torch.Tensor:
-        """[tokens, heads, dim]"""
+        """[tokens, heads, dim], of those in the query."""
 
 
 class SlotAttention:
     """An attention function under a name of its own, for one model."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels, last_layer: LastLayer) -> None:
+        self._kernels, self._last_layer = kernels, last_layer
         self._number = next(_NUMBERS)
         self.name = f"lavaflow_slots_{self._number}"
         self.current: Pass | None = None
@@ -85,6 +93,7 @@ class SlotAttention:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        key, value = self._last_layer.seen((key, value))
         if self.traced is not None:
             asked = Asked(
                 module.layer_idx, query[0], key[0], value[0], scale, sliding_window, self._kernels
@@ -104,7 +113,7 @@ class SlotAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """From [1, heads, tokens, dim] to [1, tokens, heads, dim]."""
+        """From [1, heads, tokens, dim] to [1, tokens, heads, dim], of the query's tokens."""
         assert self.current is not None
         asked = Asked(layer, query[0], key[0], value[0], scale, window, self._kernels)
         return self.current.attend(asked)[None]
@@ -131,34 +140,6 @@ def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """The passes know who sees whom."""
-
-
-@dataclass(frozen=True)
-class Bias:
-    """What hides keys.
-
-    `added` [..., queries, keys]: zero or minus infinity. `hidden` [..., queries]: whether all are.
-    """
-
-    added: torch.Tensor
-    hidden: torch.Tensor
-
-
-def attend_part(asked: Asked, query: torch.Tensor, keys: Pair, bias: Bias | None) -> Part:
-    """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
-
-    Where every key is hidden, `lse` is minus infinity and `out` zero.
-    """
-    if bias is None:
-        return asked.kernels.attend(query, keys, None, scale=asked.scale)
-    part = asked.kernels.attend(query, keys, bias.added, scale=asked.scale)
-    return Part(part.out, part.lse.masked_fill(bias.hidden, float("-inf")))
-
-
-def joined(a: Part, b: Part) -> torch.Tensor:
-    """The attention over the keys of both; `b` sees one at least."""
-    share = torch.sigmoid(a.lse - b.lse)[..., None]
-    return torch.lerp(b.out.float(), a.out.float(), share).to(a.out.dtype)
 
 
 def attend_causally(
@@ -188,7 +169,30 @@ def is_seen(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> Bias:
-    """From which keys are seen [..., queries, keys]."""
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return Bias(zeros.masked_fill_(~seen, float("-inf")), ~seen.any(-1))
+def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What hides keys: zero for those that are seen, minus infinity for others."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What of prefixes is hidden.
+
+    `bias` [slots, 1, 1 or width * group, prefix], as in `bias_of`. `blind` [tokens * heads]: for
+    which all is.
+    """
+
+    bias: torch.Tensor
+    blind: torch.Tensor
+
+
+def hidden_of(seen: torch.Tensor, asked: Asked, grid: Grid) -> Hidden:
+    """`seen` [slots, 1 or width, prefix], by the tokens of the grid, one for all or each."""
+    if seen.shape[1] > 1:
+        seen = seen.repeat_interleave(asked.group, 1)
+    slots, width = grid.table.shape
+    blind = ~seen.any(-1)[:, None].expand(slots, asked.kv_heads, width * asked.group)
+    at = grid.places(asked.kv_heads, asked.group)
+    return Hidden(bias_of(seen[:, None], asked.query.dtype), blind.flatten().index_select(0, at))

@@ -18,6 +18,7 @@ class Grid:
         self.table, self.place_of = table, place_of
         self._rows: dict[int, torch.Tensor] = {}
         """By the number of heads of the keys: which rows [token and head] come where."""
+        self._places: dict[tuple[int, int], torch.Tensor] = {}
 
     def spread(self, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """From [heads, tokens, dim] to [groups, kv_heads, width * group, dim]; `group`: heads that
@@ -31,12 +32,15 @@ class Grid:
         found = rows.index_select(0, self._rows[kv_heads])
         return found.view(groups, kv_heads, width * (heads // kv_heads), dim)
 
-    def gather(self, found: torch.Tensor) -> torch.Tensor:
-        """From [groups, kv_heads, width * group, ...] to [tokens, kv_heads, group, ...]."""
-        groups, kv_heads, queries, *rest = found.shape
-        width = self.table.shape[1]
-        rows = found.transpose(1, 2).reshape(groups * width, -1).index_select(0, self.place_of)
-        return rows.view(len(self.place_of), queries // width, kv_heads, *rest).transpose(1, 2)
+    def places(self, kv_heads: int, group: int) -> torch.Tensor:
+        """[tokens * heads]: where each token and head is in what was spread, flat."""
+        if (kv_heads, group) not in self._places:
+            width = self.table.shape[1]
+            kv_head, one = (torch.arange(n, device=self.table.device) for n in (kv_heads, group))
+            sequence = (self.place_of // width)[:, None] * kv_heads + kv_head
+            query = sequence * width + (self.place_of % width)[:, None]
+            self._places[kv_heads, group] = (query[..., None] * group + one).flatten()
+        return self._places[kv_heads, group]
 
 
 def grid_of(groups: Sequence[Sequence[int]], *, tokens: range, device: torch.device) -> Grid:

@@ -34,8 +34,10 @@ class Part:
     out: torch.Tensor
     lse: torch.Tensor
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Part":
-        return Part(change(self.out), change(self.lse))
+    @property
+    def flat(self) -> Pair:
+        """[places, dim] and [places]"""
+        return self.out.reshape(-1, self.out.shape[-1]), self.lse.reshape(-1)
 
 
 class Kernels:
@@ -53,8 +55,10 @@ class Kernels:
         self._few_queries = 0
         self._few: Callable[..., Pair] = few
         self._softmax: Callable[..., Pair] = softmax
+        self._join: Callable[..., torch.Tensor] = join
         if self.are_compiled:
             self._few, self._softmax = compile_once(few), compile_once(softmax)
+            self._join = compile_once(join)
 
     def attend(
         self, query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
@@ -71,10 +75,20 @@ class Kernels:
                 bias = query.new_zeros(sequences, 1, 1, columns)
             if query.shape[2] == self._few_queries and bias.shape[:3] == (sequences, 1, 1):
                 return Part(*self._few(query, *keys, bias, scale))
-            return _by_products(query, keys, bias, scale, softmax=self._softmax)
+            return by_products(query, keys, bias, scale, weigh=self._softmax)
         if self._has_flash:
             return _by_flash(query, keys, bias, scale)
-        return _by_products(query, keys, bias, scale, softmax=softmax)
+        return by_products(query, keys, bias, scale)
+
+    def join(
+        self, a: Part, at_a: torch.Tensor, b: Part, at_b: torch.Tensor, *, blind: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention over the keys of both: [queries, dim].
+
+        `at_a`, `at_b` [queries]: where each query is in the parts, flat. `blind` [queries]: which
+        see nothing in `a`; in `b` each sees one key at least.
+        """
+        return self._join(*a.flat, at_a, *b.flat, at_b, blind)
 
     def warm_up(self, *, kv_heads: int, group: int, dim: int) -> None:
         """Have compiled what models without sliding windows want; raises what torch raises."""
@@ -87,7 +101,10 @@ class Kernels:
         for tokens in (1, FEW + 1):
             query = arena.new_zeros(sequences, kv_heads, tokens * group, dim)
             for bias in ((sequences, 1, 1), (1, 1, query.shape[2])):
-                self.attend(query, keys, arena.new_zeros(*bias, columns), scale=dim**-0.5)
+                part = self.attend(query, keys, arena.new_zeros(*bias, columns), scale=dim**-0.5)
+        places = torch.zeros(columns, dtype=torch.long)
+        other = Part(part.out[1:].clone(), part.lse[1:].clone())
+        self.join(part, places, other, places.clone(), blind=places > 0)
 
 
 def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, scale: float) -> Part:
@@ -96,18 +113,6 @@ def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, scale:
             query, *keys, attn_mask=bias, scale=scale
         )
     )
-
-
-def _by_products(
-    query: torch.Tensor,
-    keys: Pair,
-    bias: torch.Tensor | None,
-    scale: float,
-    *,
-    softmax: Callable[..., Pair],
-) -> Part:
-    weights, lse = softmax(torch.matmul(query, keys[0].transpose(-1, -2)), bias, scale)
-    return Part(torch.matmul(weights, keys[1]), lse)
 
 
 def softmax(
@@ -119,6 +124,34 @@ def softmax(
         exact = exact + bias
     highest, weights, total = _weighed(exact)
     return (weights / total).to(scores.dtype), (highest + total.log())[..., 0]
+
+
+def by_products(
+    query: torch.Tensor,
+    keys: Pair,
+    bias: torch.Tensor | None,
+    scale: float,
+    weigh: Callable[..., Pair] = softmax,
+) -> Part:
+    """`weigh`: `softmax`, or what torch compiles of it."""
+    weights, lse = weigh(torch.matmul(query, keys[0].transpose(-1, -2)), bias, scale)
+    return Part(torch.matmul(weights, keys[1]), lse)
+
+
+def join(  # noqa: PLR0913 (two parts)
+    a: torch.Tensor,
+    a_lse: torch.Tensor,
+    at_a: torch.Tensor,
+    b: torch.Tensor,
+    b_lse: torch.Tensor,
+    at_b: torch.Tensor,
+    blind: torch.Tensor,
+) -> torch.Tensor:
+    """By the logarithms of their sums, as flash attention does between its blocks."""
+    difference = a_lse.index_select(0, at_a) - b_lse.index_select(0, at_b)
+    share = difference.masked_fill(blind, float("-inf")).sigmoid()[:, None]
+    found_a, found_b = a.index_select(0, at_a), b.index_select(0, at_b)
+    return torch.lerp(found_b.float(), found_a.float(), share).to(a.dtype)
 
 
 def few(

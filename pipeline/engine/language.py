@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.engine.attention import Asked, Pass, SlotAttention
-from pipeline.engine.compiling import compile_once, compiling, pays_on
+from pipeline.engine.compiling import compile_once, compiling
 from pipeline.engine.kernels import FEW, Kernels
 from pipeline.engine.kv import shape_of
+from pipeline.engine.last_layer import LastLayer
+from pipeline.engine.sampling import Likeliest, likeliest
 from pipeline.engine.step import Decode
 from pipeline.engine.threads import Threads
 from pipeline.engine.traced import ROWS, TracedStep, example, small_alone
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
+
+WANTED = 31
+"""To compile with, of ROWS."""
 
 
 class Language:
@@ -33,8 +38,10 @@ class Language:
         self._compiled: Any = None
         self._compiled_step: Any = None
         self._compiled_head: Any = None
+        self._compiled_likeliest: Likeliest | None = None
         self._kernels = Kernels(model.device, model.dtype, eager=eager, compiled=compiled)
-        self._attention = SlotAttention(self._kernels)
+        self._last_layer = LastLayer(self._text)
+        self._attention = SlotAttention(self._kernels, self._last_layer)
         model.set_attn_implementation({"text_config": self._attention.name})
         self.device: torch.device = model.device
         self.threads = Threads(self._text)
@@ -48,18 +55,23 @@ class Language:
         return embeds
 
     def run(self, what: Pass, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] in and out; raises what the device raises."""
+        """[tokens, hidden] in, those of the tokens out that are wanted; raises what the device
+        raises."""
         if self._compiled_step is not None and isinstance(what, Decode):
             step = what.traced()
             if step is not None:
                 return self._step(step, embeds, positions)
-        text = self._text
-        # A single token would be compiled again, for itself.
+        text, wanted = self._text, what.wanted
+        # What there is one of would be compiled again, for itself.
         if self._compiled is not None and len(positions) > 1:
-            text = self._compiled
+            if wanted is None:
+                wanted = torch.arange(len(positions), device=self.device)
+            if len(wanted) > 1:
+                text = self._compiled
         self._attention.current = what
         try:
-            return _hidden(text, embeds, positions)
+            with self._last_layer.of(wanted):
+                return _hidden(text, embeds, positions)
         finally:
             self._attention.current = None
 
@@ -75,8 +87,9 @@ class Language:
     @torch.inference_mode()
     def _compile(self) -> None:
         self._compiled = compile_once(self._text.forward, fullgraph=True)
-        if pays_on(self.device, self._model.dtype):
+        if self.device.type == "cpu":
             self._compiled_head = compile_once(self._model.lm_head.forward)
+            self._compiled_likeliest = compile_once(likeliest)
         text = self._model.config.get_text_config()
         shape = shape_of(text, dtype=self._model.dtype, device=self.device)
         group = text.num_attention_heads // shape.kv_heads
@@ -86,19 +99,26 @@ class Language:
         # With the threads that small steps take, and with those that all else takes.
         for rows in {1, self.threads.most_rows + 1}:
             with self.threads.enough_for(rows), compiling(self._model):
-                self.logits(self.run(_Nothing(), self.embedded(tokens), tokens))
+                nothing = _Nothing(tokens[:WANTED])
+                self.likeliest(self.logits(self.run(nothing, self.embedded(tokens), tokens)))
                 self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
                 if self._compiled_step is not None:
                     with small_alone():
                         self._step(example(shape), self.embedded(tokens), tokens)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """From [tokens, hidden] float32 [tokens, vocabulary]."""
+        """From [tokens, hidden], [tokens, vocabulary]."""
         head = self._model.lm_head
         if self._compiled_head is not None and len(hidden) > 1:
             head = self._compiled_head
-        logits: torch.Tensor = head(hidden).float()
+        logits: torch.Tensor = head(hidden)
         return logits
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of `sampling.py`."""
+        if self._compiled_likeliest is not None and len(logits) > 1:
+            return self._compiled_likeliest(logits)
+        return likeliest(logits)
 
 
 def _hidden(text: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -109,6 +129,9 @@ def _hidden(text: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.T
 
 class _Nothing:
     """A pass without any keys."""
+
+    def __init__(self, wanted: torch.Tensor) -> None:
+        self.wanted = wanted
 
     def attend(self, asked: Asked) -> torch.Tensor:
         return torch.zeros_like(asked.query.transpose(0, 1))

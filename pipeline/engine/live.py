@@ -114,7 +114,12 @@ class Row:
         """Tokens whose keys are here: all but the latest that was said."""
         if self.kept is not None:
             return self.kept
-        own = len(self.branch.token_ids) + max(self.said.count - 1, 0)
+        return self.question_tokens + max(self.said.count - 1, 0)
+
+    @property
+    def question_tokens(self) -> int:
+        """Of those that are here, or will be, the ones before the answer."""
+        own = len(self.branch.token_ids)
         return own + self.job.prefix_tokens if self.is_whole else own
 
     @property
@@ -295,7 +300,17 @@ class Live:
 
     def decode(self, rows: Sequence[Row]) -> Decode:
         """A pass of one more token for neighbouring rows."""
-        own = np.array([row.own_tokens + 1 for row in rows])
+        return self._decode(rows, [row.own_tokens + 1 for row in rows])
+
+    def step_of_ends(self, rows: Sequence[Row]) -> Decode | None:
+        """What the last tokens of their questions look at; null where they are no neighbours."""
+        first = rows[0].index
+        if [row.index for row in rows] != list(range(first, first + len(rows))):
+            return None
+        return self._decode(rows, [row.question_tokens for row in rows])
+
+    def _decode(self, rows: Sequence[Row], own_tokens: Sequence[int]) -> Decode:
+        own = np.array(own_tokens)
         return Decode(
             self.branches,
             first_row=rows[0].index,
@@ -310,16 +325,13 @@ class Live:
         alone = slots == NOWHERE
         if alone.all():
             return None
-        grid = None
-        if not np.array_equal(slots, np.arange(len(self.jobs))):
-            groups = [np.flatnonzero(slots == slot).tolist() for slot in range(len(self.jobs))]
-            grid = grid_of(groups, tokens=range(len(rows)), device=device)
+        groups = [np.flatnonzero(slots == slot).tolist() for slot in range(len(self.jobs))]
         tokens = np.array([job.prefix_tokens for job in self.jobs])
         return Shared(
             arena=self.prefixes,
             tokens=torch.from_numpy(tokens).to(device),
             longest=max(int(tokens.max()), 1),
-            grid=grid,
+            grid=grid_of(groups, tokens=range(len(rows)), device=device),
             alone=torch.from_numpy(alone).to(device) if alone.any() else None,
         )
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from pipeline.engine.compiling import compile_once, compiling, pays_on
 from pipeline.engine.family import FAMILIES
+from pipeline.engine.kernels import by_products
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
 from pipeline.engine.pixels import normalised
 from pipeline.engine.request import ImagePixels, Prefix
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 IMAGES_AT_ONCE = 16
 """Tiles are images too, as far as the vision tower is concerned."""
 TILES_DIMENSIONS = 4
+
+PRODUCTS = "lavaflow_products"
+"""An attention function, for the reason told in `kernels.py`. What transformers names "eager" does
+the same, but torch's compiler knows that when it sees it, and puts its own kernel in the place."""
 
 
 class Looker:
@@ -36,7 +43,7 @@ class Looker:
         self._model = model
         self._table = torch.from_numpy(table).to(model.device)
         cut_tower(model)
-        if compiled and pays_on(model.device, model.dtype):
+        if compiled and model.device.type == "cpu":
             _compile_tower(model)
         self._seen: dict[str, torch.Tensor | GenerateError] = {}
         self._wanted: Counter[str] = Counter()
@@ -145,10 +152,30 @@ def cut_tower(model: "LlavaForConditionalGeneration") -> None:
         owner.layers, model.config.vision_feature_layer = layers, wanted
 
 
+def _products(  # noqa: PLR0913 (transformers' interface)
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """From [images, heads, patches, dim] to [images, patches, heads, dim]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    part = by_products(query, (key, value), attention_mask, scale)
+    return part.out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PRODUCTS, _products)
+AttentionMaskInterface.register(PRODUCTS, eager_mask)
+
+
 def _compile_tower(model: "LlavaForConditionalGeneration") -> None:
-    """With attention by matrix products, for the reason told in `kernels.py`."""
     tower: Any = model.model.vision_tower
-    model.set_attn_implementation({"vision_config": "eager"})
+    if pays_on(model.device, model.dtype):
+        model.set_attn_implementation({"vision_config": PRODUCTS})
     plain, fast = tower.forward, compile_once(tower.forward)
 
     def forward(pixels: torch.Tensor, **options: Any) -> Any:

@@ -59,7 +59,7 @@ def score_rows(
     scores = scores_of(
         [row.branch for row in rows],
         torch.cat([states[-1 - count :] for states, count in zip(hidden, scored, strict=True)]),
-        logits_of=lambda states: model.lm_head(states).to(states.device).float(),
+        logits_of=lambda states: model.lm_head(states).to(states.device),
         eos=eos,
         prompt_tokens=[row.said.prompt_tokens - row.branch.scored for row in rows],
     )
@@ -93,7 +93,7 @@ def decode_rows(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens, chosen = chooser.choose(logits.float(), [row.said for row in running])
+        tokens, chosen = chooser.choose(logits, [row.said for row in running])
         going = [i for i, row in enumerate(running) if row.outcome is None]
         saids = [running[i].said for i in going]
         outcomes = take(saids, [chosen[i] for i in going], eos=eos)

@@ -1,6 +1,7 @@
 """The pass that reads prompts: causal stretches, then each question over its prefix and itself.
 
-A question that continues another one looks at what its row has of that, too.
+A question that continues another one looks at what its row has of that, too. In the last layer only
+the last tokens look at anything, where no more is wanted.
 """
 
 import itertools
@@ -11,16 +12,16 @@ import torch
 
 from pipeline.engine.attention import (
     Asked,
-    Bias,
+    Hidden,
     attend_causally,
-    attend_part,
     bias_of,
+    hidden_of,
     is_seen,
-    joined,
 )
 from pipeline.engine.grid import grid_of
 from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena, put
+from pipeline.engine.step import Decode
 
 BLOCK_TOKENS = 128
 """At most, of those that look at the same keys: fewer take longer to set going than they spare."""
@@ -49,15 +50,23 @@ class Looking:
     questions: Sequence[Stretch]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The last tokens [wanted] of prompts, and what looks at their rows, as a step does."""
+
+    tokens: torch.Tensor
+    step: Decode
+
+
 class Prefill:
     """A pass over prompts.
 
     The flat sequence has `prefixes`, whose keys go into slots, then `wholes`, prompts whose keys go
     into rows, then the questions of `looking`, in these orders and without gaps; but of the
-    questions, those come last whose rows keep something.
+    questions, those come last whose rows keep something. `ends`: null where more is wanted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what there is to read by its kind)
         self,
         prefixes: Sequence[Stretch],
         wholes: Sequence[Stretch],
@@ -65,7 +74,9 @@ class Prefill:
         *,
         slots: KVArena,
         rows: KVArena,
+        ends: Ends | None = None,
     ) -> None:
+        self._ends, self._last_layer = ends, len(rows.layers) - 1
         self._parts: list[_Causal | _Looking] = [
             _Causal(stretches, arena)
             for stretches, arena in ((prefixes, slots), (wholes, rows))
@@ -74,7 +85,15 @@ class Prefill:
         if looking:
             self._parts.append(_Looking(looking, slots, rows))
 
+    @property
+    def wanted(self) -> torch.Tensor | None:
+        return None if self._ends is None else self._ends.tokens
+
     def attend(self, asked: Asked) -> torch.Tensor:
+        if self._ends is not None and asked.layer == self._last_layer:
+            for part in self._parts:
+                part.keep(asked)
+            return self._ends.step.look(asked)
         found = [part.attend(asked) for part in self._parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -83,40 +102,36 @@ class _Stretches:
     """Stretches side by side. What is shorter than the longest is padded by a token of its own."""
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
-        self.count, self.longest = len(stretches), max(map(len, stretches))
-        self._all = slice(stretches[0].start, stretches[-1].stop)
+        self.longest = max(map(len, stretches))
         self._arena = arena
-        self.places = _selector([stretch.place for stretch in stretches], arena.device)
-        self._grid = None
-        if any(len(stretch) < self.longest for stretch in stretches):
-            groups = [range(stretch.start, stretch.stop) for stretch in stretches]
-            tokens = range(self._all.start, self._all.stop)
-            self._grid = grid_of(groups, tokens=tokens, device=arena.device)
+        self._tokens = slice(stretches[0].start, stretches[-1].stop)
+        self.grid = grid_of(
+            [range(stretch.start, stretch.stop) for stretch in stretches],
+            tokens=range(self._tokens.start, self._tokens.stop),
+            device=arena.device,
+        )
+        self._sequences = _selector([stretch.place for stretch in stretches], arena.device)
+        column = torch.cat([torch.arange(each.kept, each.kept + len(each)) for each in stretches])
+        lengths = torch.tensor([len(each) for each in stretches])
+        sequence = torch.tensor([each.place for each in stretches]).repeat_interleave(lengths)
+        heads = sequence[:, None] * arena.kv_heads + torch.arange(arena.kv_heads)
+        self._new = (heads * arena.width + column[:, None]).flatten().to(arena.device)
+        """Where the new keys go: [tokens, kv_heads] of [sequences, kv_heads, width], flat."""
 
-    def spread(self, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """From [heads, tokens, dim] to [count, kv_heads, longest * group, dim]."""
-        if self._grid is not None:
-            return self._grid.spread(tokens, kv_heads)
-        heads, _, dim = tokens.shape
-        even = tokens[:, self._all].view(kv_heads, heads // kv_heads, self.count, -1, dim)
-        # [count, kv_heads, longest, group, dim]
-        return even.permute(2, 0, 3, 1, 4).reshape(self.count, kv_heads, -1, dim)
+    def keep(self, asked: Asked) -> None:
+        """Put keys and values in their places."""
+        kept = self._arena.layers[asked.layer]
+        for each, new in zip(kept, (asked.key, asked.value), strict=True):
+            put(each, self._new, new[:, self._tokens])
 
-    def gather(self, found: torch.Tensor) -> torch.Tensor:
-        """The reverse: [tokens, kv_heads, group, ...]."""
-        if self._grid is not None:
-            return self._grid.gather(found)
-        count, kv_heads, queries, *rest = found.shape
-        even = found.view(count, kv_heads, self.longest, queries // self.longest, *rest)
-        return even.transpose(1, 2).reshape(count * self.longest, kv_heads, -1, *rest)
-
-    def keep(self, asked: Asked) -> Pair:
-        """Put keys and values in their places; gives them [count, kv_heads, longest, dim]."""
+    def kept(self, asked: Asked, tokens: int) -> Pair:
+        """The first ones [stretches, kv_heads, tokens, dim]."""
         keys, values = self._arena.layers[asked.layer]
-        for kept, new in ((keys, asked.key), (values, asked.value)):
-            kept[self.places, :, : self.longest] = self.spread(new, asked.kv_heads)
         # Where they follow each other, matrix products take these as they are, without a copy.
-        return keys[self.places, :, : self.longest], values[self.places, :, : self.longest]
+        return keys[self._sequences, :, :tokens], values[self._sequences, :, :tokens]
+
+    def places(self, asked: Asked) -> torch.Tensor:
+        return self.grid.places(asked.kv_heads, asked.group)
 
 
 class _Causal:
@@ -124,39 +139,50 @@ class _Causal:
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
         self._stretches = _Stretches(stretches, arena)
+        self.keep, self.places = self._stretches.keep, self._stretches.places
         blocks = -(-self._stretches.longest // BLOCK_TOKENS)
         bounds = [n * self._stretches.longest // blocks for n in range(blocks + 1)]
         self._blocks = list(itertools.pairwise(bounds))
-        self._biases: dict[int | None, list[Bias]] = {}
+        self._biases: dict[int | None, list[torch.Tensor]] = {}
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim], where they see nothing else."""
         if asked.kernels.are_compiled:
-            return self.attend_part(asked).out.flatten(1, 2)
-        pair = self._stretches.keep(asked)
-        heads = asked.query.shape[0]
-        query = self._stretches.spread(asked.query, heads)
-        return self._stretches.gather(attend_causally(asked, query, *pair)).squeeze(2)
+            found, places = self.attend_part(asked).flat[0], self.places(asked)
+        else:
+            found, places = self._attend(asked)
+        return found.index_select(0, places).view(-1, *asked.query.shape[::2])
+
+    def _attend(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+        """[places, dim], and the place of each token and head."""
+        self.keep(asked)
+        heads, _, dim = asked.query.shape
+        query = self._stretches.grid.spread(asked.query, heads)
+        found = attend_causally(asked, query, *self._stretches.kept(asked, self._stretches.longest))
+        return found.reshape(-1, dim), self._stretches.grid.places(heads, 1)
 
     def attend_part(self, asked: Asked) -> Part:
-        """[tokens, kv_heads, group, dim]"""
+        """[stretches, kv_heads, longest * group, dim]"""
         if asked.window not in self._biases:
             biases = [self._bias(asked, start, stop) for start, stop in self._blocks]
             self._biases[asked.window] = biases
-        keys, values = self._stretches.keep(asked)
-        query = self._stretches.spread(asked.query, asked.kv_heads)
+        self.keep(asked)
+        keys, values = self._stretches.kept(asked, self._stretches.longest)
+        query = self._stretches.grid.spread(asked.query, asked.kv_heads)
         parts = [
-            attend_part(
-                asked,
+            asked.kernels.attend(
                 query[:, :, start * asked.group : stop * asked.group],
                 (keys[:, :, :stop], values[:, :, :stop]),
                 bias,
+                scale=asked.scale,
             )
             for (start, stop), bias in zip(self._blocks, self._biases[asked.window], strict=True)
         ]
-        return _put_together(parts, 2).each(self._stretches.gather)
+        if len(parts) == 1:
+            return parts[0]
+        return Part(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
-    def _bias(self, asked: Asked, start: int, stop: int) -> Bias:
+    def _bias(self, asked: Asked, start: int, stop: int) -> torch.Tensor:
         """[1, 1, (stop - start) * group, stop]: causal, and within the window."""
         places = torch.arange(stop, device=asked.query.device)
         seen = is_seen(places[start:, None] - places[None, :], asked.window)
@@ -167,39 +193,22 @@ class _Continuing:
     """Questions over what their rows keep and over themselves."""
 
     def __init__(self, questions: Sequence[Stretch], rows: KVArena) -> None:
-        self._stretches, self._arena = _Stretches(questions, rows), rows
-        self._tokens = slice(questions[0].start, questions[-1].stop)
-        kept = torch.tensor([question.kept for question in questions])
-        lengths = torch.tensor([len(question) for question in questions])
-        places = torch.tensor([question.place for question in questions])
-        self._longest = int((kept + lengths).max())
-        self._kept = kept.to(rows.device)
-        column = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions])
-        sequence = places.repeat_interleave(lengths)[:, None] * rows.kv_heads
-        sequence = sequence + torch.arange(rows.kv_heads)
-        self._new = (sequence * rows.width + column[:, None]).flatten().to(rows.device)
-        """Where the new keys go: [tokens, kv_heads] of [rows, kv_heads, width], flat."""
-        self._biases: dict[int | None, Bias] = {}
+        self._stretches = _Stretches(questions, rows)
+        self.keep, self.places = self._stretches.keep, self._stretches.places
+        self._kept = torch.tensor([question.kept for question in questions], device=rows.device)
+        self._longest = max(question.kept + len(question) for question in questions)
+        self._biases: dict[int | None, torch.Tensor] = {}
 
     def attend_part(self, asked: Asked) -> Part:
-        """[tokens, kv_heads, group, dim]"""
+        """[questions, kv_heads, longest * group, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
-        keys, values = (
-            self._written(kept, new)[self._stretches.places, :, : self._longest]
-            for kept, new in zip(
-                self._arena.layers[asked.layer], (asked.key, asked.value), strict=True
-            )
-        )
-        query = self._stretches.spread(asked.query, asked.kv_heads)
-        found = attend_part(asked, query, (keys, values), self._biases[asked.window])
-        return found.each(self._stretches.gather)
+        self.keep(asked)
+        pair = self._stretches.kept(asked, self._longest)
+        query = self._stretches.grid.spread(asked.query, asked.kv_heads)
+        return asked.kernels.attend(query, pair, self._biases[asked.window], scale=asked.scale)
 
-    def _written(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        put(kept, self._new, new[:, self._tokens])
-        return kept
-
-    def _bias(self, asked: Asked) -> Bias:
+    def _bias(self, asked: Asked) -> torch.Tensor:
         """[questions, 1, longest * group, columns]: causal, and within the window."""
         device = asked.query.device
         within = torch.arange(self._stretches.longest, device=device)
@@ -231,38 +240,47 @@ class _Looking:
         self._longest_prefix = max(1, *(each.prefix_tokens for each in looking))
         within = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions]).to(device)
         self._within = within[self._grid.table - tokens.start]
-        self._biases: dict[int | None, Bias | None] = {}
+        self._hidden: dict[int | None, Hidden] = {}
+
+    def keep(self, asked: Asked) -> None:
+        for each in self._own:
+            each.keep(asked)
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim]"""
-        if asked.window not in self._biases:
-            self._biases[asked.window] = self._bias(asked)
-        over_own = _put_together([each.attend_part(asked) for each in self._own], 0)
+        if asked.window not in self._hidden:
+            self._hidden[asked.window] = self._hides(asked)
+        hidden = self._hidden[asked.window]
+        own, at_own = _flat([(each.attend_part(asked), each.places(asked)) for each in self._own])
         keys, values = (
             kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layers[asked.layer]
         )
         query = self._grid.spread(asked.query, asked.kv_heads)
-        found = attend_part(asked, query, (keys, values), self._biases[asked.window])
-        return joined(found.each(self._grid.gather), over_own).flatten(1, 2)
+        prefix = asked.kernels.attend(query, (keys, values), hidden.bias, scale=asked.scale)
+        at_prefix = self._grid.places(asked.kv_heads, asked.group)
+        found = asked.kernels.join(prefix, at_prefix, own, at_own, blind=hidden.blind)
+        return found.view(-1, *asked.query.shape[::2])
 
-    def _bias(self, asked: Asked) -> Bias | None:
-        """[slots, 1, 1, prefix], with a window [slots, 1, width * group, prefix]; null where all of
-        all prefixes is seen."""
+    def _hides(self, asked: Asked) -> Hidden:
         columns = torch.arange(self._longest_prefix, device=asked.query.device)
         seen = (columns < self._tokens[:, None])[:, None]
         if asked.window is not None:
             looking = self._tokens[:, None] + self._within
             seen = seen & (looking[:, :, None] - columns < asked.window)
-            seen = seen.repeat_interleave(asked.group, 1)
-        return None if bool(seen.all()) else bias_of(seen[:, None], asked.query.dtype)
+        return hidden_of(seen, asked, self._grid)
 
 
-def _put_together(parts: Sequence[Part], dim: int) -> Part:
-    """Of other queries each."""
+def _flat(parts: Sequence[tuple[Part, torch.Tensor]]) -> tuple[Part, torch.Tensor]:
+    """Of other queries each, and where these are in it."""
     if len(parts) == 1:
         return parts[0]
-    outs, sums = [part.out for part in parts], [part.lse for part in parts]
-    return Part(torch.cat(outs, dim), torch.cat(sums, dim))
+    flat, start, places = [], 0, []
+    for part, at in parts:
+        flat.append(part.flat)
+        places.append(at + start)
+        start += part.lse.numel()
+    outs, sums = zip(*flat, strict=True)
+    return Part(torch.cat(outs), torch.cat(sums)), torch.cat(places)
 
 
 def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

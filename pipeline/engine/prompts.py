@@ -11,7 +11,7 @@ import torch
 
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
-from pipeline.engine.prefill import Looking, Prefill, Stretch
+from pipeline.engine.prefill import Ends, Looking, Prefill, Stretch
 from pipeline.engine.transfer import sent
 
 
@@ -66,13 +66,19 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
     prefixes = [flat.prefix(filling) for filling in new if filling.job.slot != NOWHERE]
     wholes = [flat.whole(filling) for filling in new if filling.job.slot == NOWHERE]
     looking = flat.looking([filling for filling, _ in taken if filling.job.slot != NOWHERE])
-    what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches)
-    hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
     rows = [row for filling, _ in taken for row in filling.rows]
     asked = [flat.end_of[row] - 1 for row in rows if not row.branch.scored]
     scored = [n for row in rows for n in _scored(row, flat.end_of[row])]
-    places = (torch.tensor(each, dtype=torch.long) for each in (asked, scored))
-    return Read(*(hidden[sent(each, hidden.device)] for each in places))
+    asked_places, scored_places = (
+        sent(torch.tensor(each, dtype=torch.long), language.device) for each in (asked, scored)
+    )
+    step = None if scored else live.step_of_ends(rows)
+    ends = Ends(asked_places, step) if step else None
+    what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches, ends=ends)
+    hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
+    if ends:
+        return Read(hidden, hidden[:0])
+    return Read(hidden[asked_places], hidden[scored_places])
 
 
 def _scored(row: Row, end: int) -> range:

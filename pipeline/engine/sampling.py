@@ -6,7 +6,7 @@ logits and its own noise (`noise.py`), so that neighbours and their order do not
 
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -24,24 +24,35 @@ from pipeline.engine.said import Said
 from pipeline.engine.transfer import sent
 
 Chosen = tuple[torch.Tensor, list[list[float]]]
+Likeliest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Chooser:
-    """Chooses for all rows of a step; the host waits for the device once."""
+    """Chooses for all rows of a step; the host waits for the device once.
 
-    def __init__(self, *, eos: Collection[int], device: torch.device) -> None:
+    `choose_likeliest`: what torch compiles of `likeliest`; null for that itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos: Collection[int],
+        device: torch.device,
+        choose_likeliest: Likeliest | None = None,
+    ) -> None:
         self._eos, self._device = sorted(eos), device
+        self._likeliest = choose_likeliest or likeliest
         self._processors = functools.cache(self._made)
 
     def choose(self, logits: torch.Tensor, saids: Sequence[Said]) -> Chosen:
-        """From float32 [rows, vocabulary]: tokens [rows] on the device; on the host both them and
-        their log-probabilities under the model, whatever the settings."""
+        """From [rows, vocabulary]: tokens [rows] on the device; on the host both them and their
+        log-probabilities under the model, whatever the settings."""
         if all(said.is_greedy for said in saids):
-            best, tokens = logits.max(-1)
+            tokens, logprobs = self._likeliest(logits)
         else:
-            tokens = self._chosen(logits, saids)
-            best = logits.gather(-1, tokens[:, None])[:, 0]
-        logprobs = best - logits.logsumexp(-1)
+            exact = logits.float()
+            tokens = self._chosen(exact, saids)
+            logprobs = exact.gather(-1, tokens[:, None])[:, 0] - exact.logsumexp(-1)
         # float64 carries a token id exactly.
         return tokens, torch.stack([tokens.double(), logprobs.double()]).T.tolist()
 
@@ -100,6 +111,13 @@ class Chooser:
             if decoding.top_p < 1.0:
                 found.append(TopPLogitsWarper(decoding.top_p))
         return found
+
+
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From [rows, vocabulary] tokens [rows], and their log-probabilities float32 [rows]."""
+    exact = logits.float()
+    best, tokens = exact.max(-1)
+    return tokens, -(exact - best[:, None]).exp().sum(-1).log()
 
 
 def drawn(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def scores_of(
     """A Score for each branch with `scored` tokens. The host waits for the device once.
 
     `hidden` [places, hidden]: for each branch in turn the states that predict its scored tokens,
-    and the last, that predicts the end. `logits_of`: float32 [places, vocabulary] of some of them.
+    and the last, that predicts the end. `logits_of`: [places, vocabulary] of some of them.
     `prompt_tokens`: of each, its scored tokens left out.
     """
     lengths = torch.tensor([branch.scored + 1 for branch in branches])
@@ -53,6 +53,7 @@ def _logprobs(
     logits: torch.Tensor, *, given: torch.Tensor, is_end: torch.Tensor, eos: torch.Tensor
 ) -> torch.Tensor:
     """[places]: of the given token; at an end, of any of the end tokens."""
+    logits = logits.float()
     whole = logits.logsumexp(-1)
     of_token = logits.gather(-1, given[:, None])[:, 0] - whole
     if not len(eos):

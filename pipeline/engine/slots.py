@@ -74,11 +74,13 @@ class SlotsEngine:
         text = model.config.get_text_config()
         self._eos = frozenset(eos_token_ids)
         self._device: torch.device = model.device
-        self._chooser = Chooser(eos=self._eos, device=self._device)
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table, compiled=compiled)
         self._language = Language(model, eager=eager, compiled=compiled)
+        self._chooser = Chooser(
+            eos=self._eos, device=self._device, choose_likeliest=self._language.likeliest
+        )
         self._room = Room(shape_of(text, dtype=model.dtype, device=model.device), kv_budget_bytes)
         on_cpu = self._device.type == "cpu"
         self._prefill_tokens = CPU_PREFILL_TOKENS if on_cpu else PREFILL_TOKENS

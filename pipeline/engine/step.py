@@ -6,11 +6,10 @@ import torch
 
 from pipeline.engine.attention import (
     Asked,
-    Bias,
-    attend_part,
+    Hidden,
     bias_of,
+    hidden_of,
     is_seen,
-    joined,
 )
 from pipeline.engine.grid import Grid
 from pipeline.engine.kernels import Pair, Part
@@ -22,14 +21,14 @@ from pipeline.engine.traced import TracedStep
 class Shared:
     """The prefixes in slots that rows look at.
 
-    `tokens` [slots]. `grid`: which rows look at which slot; null where row n looks at slot n.
-    `alone` [rows]: which look at none; null where there is no such row.
+    `tokens` [slots]. `grid`: which rows look at which slot. `alone` [rows]: which look at none;
+    null where there is no such row.
     """
 
     arena: KVArena
     tokens: torch.Tensor
     longest: int
-    grid: Grid | None
+    grid: Grid
     alone: torch.Tensor | None
 
 
@@ -39,6 +38,8 @@ class Decode:
     `own_tokens` [rows] are the tokens in a row, the new one included, `longest_own` the most of
     them. `shared`: null where no row looks at a slot.
     """
+
+    wanted = None
 
     def __init__(
         self,
@@ -53,7 +54,8 @@ class Decode:
         self._rows = slice(first_row, first_row + len(own_tokens))
         self._own_tokens, self._longest_own = own_tokens, longest_own
         self._shared = shared
-        self._biases: dict[int | None, tuple[Bias | None, Bias]] = {}
+        self._hidden: dict[int | None, Hidden] = {}
+        self._biases: dict[int | None, torch.Tensor] = {}
         """Made once for all layers with the same window: of the prefixes, and of the rows' own."""
         kv_heads, width = branches.kv_heads, branches.width
         device = own_tokens.device
@@ -62,17 +64,21 @@ class Decode:
         """Where the new keys go: [rows, kv_heads] of [rows, kv_heads, width], flat."""
 
     def attend(self, asked: Asked) -> torch.Tensor:
+        for kept, new in zip(self._kept(asked), (asked.key, asked.value), strict=True):
+            put(kept, self._new, new)
+        return self.look(asked)
+
+    def look(self, asked: Asked) -> torch.Tensor:
+        """[rows, heads, dim], where the new keys are in their places."""
         heads, rows, dim = asked.query.shape
-        own = self._write(asked)
         if asked.window not in self._biases:
-            self._biases[asked.window] = self._shared_bias(asked), self._own_bias(asked)
-        shared_bias, own_bias = self._biases[asked.window]
+            self._biases[asked.window] = self._bias(asked)
         query = asked.query.transpose(0, 1).reshape(rows, asked.kv_heads, asked.group, dim)
-        found = attend_part(asked, query, own, own_bias)
-        if self._shared is None:
-            return found.out.reshape(rows, heads, dim)
-        over_prefix = self._over_prefix(self._shared, asked, query, shared_bias)
-        return joined(over_prefix, found).reshape(rows, heads, dim)
+        keys, values = (kept[:, :, : self._longest_own] for kept in self._kept(asked))
+        bias = self._biases[asked.window]
+        own = asked.kernels.attend(query, (keys, values), bias, scale=asked.scale)
+        found = own.out if self._shared is None else self._joined(self._shared, asked, own)
+        return found.reshape(rows, heads, dim)
 
     def traced(self) -> TracedStep | None:
         """The same as a part of what is compiled; null where it is none, or would be compiled once
@@ -85,45 +91,40 @@ class Decode:
             self._branches, own_tokens=self._own_tokens, longest_own=longest, new=self._new
         )
 
-    def _over_prefix(
-        self, shared: Shared, asked: Asked, query: torch.Tensor, bias: Bias | None
-    ) -> Part:
+    def _joined(self, shared: Shared, asked: Asked, own: Part) -> torch.Tensor:
+        """[rows * heads, dim]"""
+        if asked.window not in self._hidden:
+            self._hidden[asked.window] = self._hides(shared, asked)
+        hidden = self._hidden[asked.window]
         keys, values = (
             kept[: len(shared.tokens), :, : shared.longest]
             for kept in shared.arena.layers[asked.layer]
         )
-        if shared.grid is None:
-            return attend_part(asked, query, (keys, values), bias)
         query = shared.grid.spread(asked.query, asked.kv_heads)
-        part = attend_part(asked, query, (keys, values), bias).each(shared.grid.gather)
-        if shared.alone is None:
-            return part
-        return Part(part.out, part.lse.masked_fill(shared.alone[:, None, None], float("-inf")))
+        prefix = asked.kernels.attend(query, (keys, values), hidden.bias, scale=asked.scale)
+        at_prefix = shared.grid.places(asked.kv_heads, asked.group)
+        at_own = torch.arange(len(at_prefix), device=at_prefix.device)
+        return asked.kernels.join(prefix, at_prefix, own, at_own, blind=hidden.blind)
 
-    def _write(self, asked: Asked) -> Pair:
-        """Put the new keys and values in their places; gives those of the rows up to there."""
-        pair = tuple(kept[self._rows] for kept in self._branches.layers[asked.layer])
-        for kept, new in zip(pair, (asked.key, asked.value), strict=True):
-            put(kept, self._new, new)
-        keys, values = pair
-        return keys[:, :, : self._longest_own], values[:, :, : self._longest_own]
+    def _kept(self, asked: Asked) -> Pair:
+        """Of the rows, [rows, kv_heads, width, dim]."""
+        keys, values = self._branches.layers[asked.layer]
+        return keys[self._rows], values[self._rows]
 
-    def _own_bias(self, asked: Asked) -> Bias:
+    def _bias(self, asked: Asked) -> torch.Tensor:
         """[rows, 1, 1, own]"""
         columns = torch.arange(self._longest_own, device=self._own_tokens.device)
         seen = is_seen((self._own_tokens - 1)[:, None] - columns[None, :], asked.window)
         return bias_of(seen[:, None, None, :], asked.query.dtype)
 
-    def _shared_bias(self, asked: Asked) -> Bias | None:
-        """[slots, 1, 1, prefix]; with a window [slots, 1, width * group, prefix]"""
-        if self._shared is None:
-            return None
-        tokens, grid = self._shared.tokens, self._shared.grid
-        columns = torch.arange(self._shared.longest, device=tokens.device)
-        seen = (columns[None, :] < tokens[:, None])[:, None]
+    def _hides(self, shared: Shared, asked: Asked) -> Hidden:
+        columns = torch.arange(shared.longest, device=shared.tokens.device)
+        seen = (columns[None, :] < shared.tokens[:, None])[:, None]
         if asked.window is not None:
-            own = self._own_tokens[:, None] if grid is None else self._own_tokens[grid.table]
-            position = tokens[:, None] + own - 1
+            position = shared.tokens[:, None] + self._own_tokens[shared.grid.table] - 1
             seen = seen & (position[:, :, None] - columns < asked.window)
-            seen = seen.repeat_interleave(asked.group, 1)
-        return bias_of(seen[:, None], asked.query.dtype)
+        hidden = hidden_of(seen, asked, shared.grid)
+        if shared.alone is None:
+            return hidden
+        alone = shared.alone.repeat_interleave(asked.query.shape[0])
+        return Hidden(hidden.bias, hidden.blind | alone)

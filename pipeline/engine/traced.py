@@ -26,6 +26,8 @@ class TracedStep:
     All that differs from step to step is a tensor or the length of one.
     """
 
+    wanted = None
+
     def __init__(
         self, rows: KVArena, *, own_tokens: torch.Tensor, longest_own: int, new: torch.Tensor
     ) -> None:
