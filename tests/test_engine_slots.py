@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,37 @@ def test_an_answer_does_not_depend_on_what_else_is_in_flight(known: Known, data:
         known.check(engine, groups[start : start + of_a_call])
 
 
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 1, 5], [1]])
+def test_the_last_layer_has_no_more_tokens_than_are_asked_for(
+    known: Known, counts: Sequence[int]
+) -> None:
+    engine, tokens = known.engine(), Counter[int]()
+
+    def count(number: int, _: Any, arguments: Any) -> None:
+        tokens[number] += arguments[0].shape[1]
+
+    layers = engine._language._text.layers
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(partial(count, number))
+    outcomes = engine.submit(known.requests(groups_of(counts, random.Random(0))))
+    said = sum(answer.output_tokens for answers in outcomes for answer in answers)
+    assert tokens[len(layers) - 1] == said
+    assert tokens[0] > 4 * said
+
+
+def test_a_single_question_is_read_by_what_is_compiled(llama: Known) -> None:
+    engine, lengths = llama.engine(), []
+    text = engine._language._text
+
+    def compiled(**arguments: Any) -> Any:
+        lengths.append(arguments["inputs_embeds"].shape[1])
+        return text(**arguments)
+
+    engine._language._compiled = compiled
+    llama.check(engine, groups_of([1], random.Random(0)))
+    assert len(lengths) == 1
+
+
 def test_the_cases_tell_images_positions_and_endings_apart(known: Known) -> None:
     said = [tuple(e.tokens) for e in known.expected]
     assert len(set(said)) > 0.9 * len(said)
@@ -236,9 +269,10 @@ def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "pipeline.engine.kernels.Kernels.join", lambda *args, **_: args[3].flat[0][args[4]]
-    )
+    def own_only(_: Any, prefix: Any, at_prefix: Any, own: Any, at_own: Any, **__: Any) -> Any:
+        return own.flat[0][at_own]
+
+    monkeypatch.setattr("pipeline.engine.kernels.Kernels.join", own_only)
 
 
 def unmoved_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ COMPILED_OF_A_MODEL = 4
 """Of one function, at most: passes and steps, each for two numbers of threads."""
 
 
-def pays_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """For attention. The text model gains by it everywhere, the rest of the model on any CPU."""
+def attention_pays_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """The text model gains by it everywhere, the vision tower and the head on any CPU."""
     return device.type == "cpu" and dtype == torch.bfloat16
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.engine.compiling import compile_once, pays_on
+from pipeline.engine.compiling import attention_pays_on, compile_once
 
 LOWEST = torch.finfo(torch.float32).min
 TINY = torch.finfo(torch.float32).tiny
@@ -46,7 +46,7 @@ class Kernels:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, *, eager: bool, compiled: bool
     ) -> None:
-        self.are_compiled = compiled and not eager and pays_on(device, dtype)
+        self.are_compiled = compiled and not eager and attention_pays_on(device, dtype)
         """Causal attention is then faster by `attend`, too, than by torch's own kernel for it."""
         # Of the kernels that tell their sums, only the CPU's has been tried out.
         self._has_flash = device.type == "cpu" and not eager

@@ -62,18 +62,21 @@ class Language:
             if step is not None:
                 return self._step(step, embeds, positions)
         text, wanted = self._text, what.wanted
-        # What there is one of would be compiled again, for itself.
+        # A single token would be compiled again, for itself.
         if self._compiled is not None and len(positions) > 1:
+            text = self._compiled
             if wanted is None:
                 wanted = torch.arange(len(positions), device=self.device)
-            if len(wanted) > 1:
-                text = self._compiled
         self._attention.current = what
         try:
             with self._last_layer.of(wanted):
                 return _hidden(text, embeds, positions)
         finally:
             self._attention.current = None
+
+    def can_want(self, tokens: int) -> bool:
+        """Whether a pass may want so many: a single one would be compiled again, for itself."""
+        return tokens > 1 or self._compiled is None
 
     def _step(
         self, step: TracedStep, embeds: torch.Tensor, positions: torch.Tensor

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from pipeline.engine.compiling import compile_once, compiling, pays_on
+from pipeline.engine.compiling import attention_pays_on, compile_once, compiling
 from pipeline.engine.family import FAMILIES
 from pipeline.engine.kernels import by_products
 from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
@@ -174,7 +174,7 @@ AttentionMaskInterface.register(PRODUCTS, eager_mask)
 
 def _compile_tower(model: "LlavaForConditionalGeneration") -> None:
     tower: Any = model.model.vision_tower
-    if pays_on(model.device, model.dtype):
+    if attention_pays_on(model.device, model.dtype):
         model.set_attn_implementation({"vision_config": PRODUCTS})
     plain, fast = tower.forward, compile_once(tower.forward)
 

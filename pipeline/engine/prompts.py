@@ -72,7 +72,8 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
     asked_places, scored_places = (
         sent(torch.tensor(each, dtype=torch.long), language.device) for each in (asked, scored)
     )
-    step = None if scored else live.step_of_ends(rows)
+    is_cut = not scored and language.can_want(len(asked))
+    step = live.step_of_ends(rows) if is_cut else None
     ends = Ends(asked_places, step) if step else None
     what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches, ends=ends)
     hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
