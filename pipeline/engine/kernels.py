@@ -60,9 +60,7 @@ class Kernels:
             self._few, self._softmax = compile_once(few), compile_once(softmax)
             self._join = compile_once(join)
 
-    def attend(
-        self, query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, *, scale: float
-    ) -> Part:
+    def attend(self, query: torch.Tensor, keys: Pair, bias: torch.Tensor, *, scale: float) -> Part:
         """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
 
         `bias`: [1 or N, 1, 1 or queries, keys], zero or minus infinity. Of a query that sees no key
@@ -71,8 +69,6 @@ class Kernels:
         sequences, columns = len(query), keys[0].shape[2]
         # Lengths of one would be compiled again, each for itself.
         if self.are_compiled and sequences > 1 and columns > 1:
-            if bias is None:
-                bias = query.new_zeros(sequences, 1, 1, columns)
             if query.shape[2] == self._few_queries and bias.shape[:3] == (sequences, 1, 1):
                 return Part(*self._few(query, *keys, bias, scale))
             return by_products(query, keys, bias, scale, weigh=self._softmax)
@@ -107,7 +103,7 @@ class Kernels:
         self.join(part, places, other, places.clone(), blind=places > 0)
 
 
-def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor | None, scale: float) -> Part:
+def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor, scale: float) -> Part:
     return Part(
         *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, *keys, attn_mask=bias, scale=scale
