@@ -8,6 +8,7 @@ from pipeline.engine.choose import engine_of, why_plain
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.plain import PlainEngine
 from pipeline.engine.slots import SlotsEngine
+from schemas.errors import SpecError
 from tests.models import tiny_model, tiny_processor
 
 
@@ -30,10 +31,9 @@ def test_rope_that_depends_on_the_batch_gets_one_prompt_after_the_other() -> Non
     assert found._batch_size == 1
 
 
-def test_flash_attention_gets_batches() -> None:
-    found = engine(tiny_model(), attention="flash_attention_2")
-    assert isinstance(found, PlainEngine)
-    assert found._batch_size == 16
+def test_flash_attention_without_its_package_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"flash_attention_2: .*set model.attention to sdpa"):
+        engine(tiny_model(), attention="flash_attention_2")
 
 
 @pytest.mark.parametrize(

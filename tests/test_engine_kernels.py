@@ -25,7 +25,7 @@ SCALE = DIM**-0.5
 
 @pytest.fixture(scope="module")
 def compiled() -> Kernels:
-    kernels = Kernels(torch.device("cpu"), torch.bfloat16, eager=False, compiled=True)
+    kernels = Kernels(torch.device("cpu"), torch.bfloat16, compiled=True)
     with torch.inference_mode():
         kernels.warm_up(kv_heads=KV_HEADS, group=GROUP, dim=DIM)
     return kernels

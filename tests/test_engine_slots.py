@@ -40,10 +40,12 @@ from schemas.errors import (
     TokenFeatureMismatch,
 )
 from tests.engine_cases import EOS, alone, cases_of, check, request_of
+from tests.flash import stand_in
 from tests.models import tiny_model, tiny_processor
 from tests.turns import Asking, talk
 
 IMAGES, QUESTIONS = 4, 12
+FLASH = "flash_attention_2"
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama": {"seed": 0},
     "Llama, other heads": {
@@ -76,12 +78,12 @@ class Known:
     """A model, and what it says to each case alone."""
 
     def __init__(self, processor: Any, shape: dict[str, Any]) -> None:
-        self.processor = processor
+        self.processor, self.shape = processor, shape
         self.model = tiny_model(**shape)
         self.cases = cases_of(IMAGES, QUESTIONS)
         self.expected = [alone(self.model, processor, case) for case in self.cases]
 
-    def engine(self, *, slots: float = 32.0, model: Any = None, **options: bool) -> SlotsEngine:
+    def engine(self, *, slots: float = 32.0, model: Any = None, **options: Any) -> SlotsEngine:
         """With a budget for about so many prompts."""
         model = copy.deepcopy(self.model) if model is None else model
         shape = shape_of(model.config.get_text_config(), dtype=model.dtype, device=model.device)
@@ -155,7 +157,20 @@ def test_steps_as_they_are_compiled_give_the_same(
 
 def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
     groups = groups_of([6, 1, 3, 1, 2], random.Random(0))
-    known.check(known.engine(slots=8, eager=True), groups)
+    known.check(known.engine(slots=8, attention="eager"), groups)
+
+
+@pytest.mark.parametrize("slots", [3, 32])
+def test_a_kernel_that_takes_lengths_and_no_masks_gives_the_same(
+    known: Known, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stand_in(monkeypatch)
+    engine = known.engine(slots=slots, attention=FLASH)
+    for counts in ([1] * 6, [6, 1, 3, 1, 2]):
+        known.check(engine, groups_of(counts, random.Random(slots)))
+    assert calls["causal"]
+    has_windows = "sliding_window" in known.shape
+    assert bool(calls["lengths"]) is not has_windows
 
 
 def turns_of(engine: SlotsEngine, requests: Sequence[Request]) -> list[Any]:

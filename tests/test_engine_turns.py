@@ -21,6 +21,7 @@ from schemas.errors import (
     TokenFeatureMismatch,
 )
 from tests.engine_cases import EOS, Counted
+from tests.flash import stand_in
 from tests.turns import (
     BROKEN,
     END,
@@ -73,7 +74,17 @@ def test_whatever_follows_from_an_answer_equals_generate(
 
 
 def test_attention_by_matrix_products_gives_the_same_turns(known: Known) -> None:
-    known.check_all(known.engine(room=8, eager=True), list(mixed(known, random.Random(0))))
+    engine = known.engine(room=8, attention="eager")
+    known.check_all(engine, list(mixed(known, random.Random(0))))
+
+
+def test_a_kernel_that_takes_lengths_and_no_masks_gives_the_same_turns(
+    known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stand_in(monkeypatch)
+    engine = known.engine(room=8, attention="flash_attention_2")
+    known.check_all(engine, list(mixed(known, random.Random(0))))
+    assert calls["causal"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,8 @@ together, and where keys and values go, is told beforehand by a pass:
     traced.py       the same, for torch to compile together with the model
     last_layer.py   what of the last layer is left out
 
-A question's attention is computed in two parts, over the prefix that it shares and over itself, and
-joined (`kernels.py`).
+A question's attention is computed in two parts, over the prefix that it shares (`shared.py`) and
+over itself, and joined (`kernels.py`).
 """
 
 import itertools
@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from pipeline.engine.grid import Grid
 from pipeline.engine.kernels import Kernels
 from pipeline.engine.last_layer import LastLayer
 
@@ -77,8 +76,8 @@ class SlotAttention:
         self.traced: Pass | None = None
         """Instead of `current`, one that is compiled together with the model."""
         _BY_NUMBER[self._number] = self
+        # No mask is registered with it, so that none is made: the passes know who sees whom.
         AttentionInterface.register(self.name, self._attend)
-        AttentionMaskInterface.register(self.name, _no_mask)
 
     def _attend(  # noqa: PLR0913 (transformers' interface)
         self,
@@ -138,10 +137,6 @@ def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The passes know who sees whom."""
-
-
 def attend_causally(
     asked: Asked, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
@@ -174,25 +169,3 @@ def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
         ~seen, float("-inf")
     )
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """What of prefixes is hidden.
-
-    `bias` [slots, 1, 1 or width * group, prefix], as in `bias_of`. `blind` [tokens * heads]: for
-    which all is.
-    """
-
-    bias: torch.Tensor
-    blind: torch.Tensor
-
-
-def hidden_of(seen: torch.Tensor, asked: Asked, grid: Grid) -> Hidden:
-    """`seen` [slots, 1 or width, prefix], by the tokens of the grid, one for all or each."""
-    if seen.shape[1] > 1:
-        seen = seen.repeat_interleave(asked.group, 1)
-    slots, width = grid.table.shape
-    blind = ~seen.any(-1)[:, None].expand(slots, asked.kv_heads, width * asked.group)
-    at = grid.places(asked.kv_heads, asked.group)
-    return Hidden(bias_of(seen[:, None], asked.query.dtype), blind.flatten().index_select(0, at))

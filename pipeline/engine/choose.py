@@ -1,9 +1,9 @@
 """Which engine answers for a model: slots where they are exact, else the plain one.
 
 slots   text models whose attention can be given to them as a function
-plain   attention scores that are capped, layers of other kinds, `model.attention:
-        flash_attention_2`; parts on several devices (`placement.py`); RoPE that depends on the
-        longest prompt of a batch (dynamic, longrope), one prompt after the other
+plain   attention scores that are capped, layers of other kinds; parts on several devices
+        (`placement.py`); RoPE that depends on the longest prompt of a batch (dynamic, longrope),
+        one prompt after the other
 alone   models of no family (`family.py`), by their own `generate`
 """
 
@@ -47,7 +47,7 @@ def engine_of(  # noqa: PLR0913 (all but the model by name)
                 "not compiled: set it to false"
             )
         return AloneEngine(model, processor=processor, eos_token_ids=eos_token_ids)
-    if why_plain(model, attention=attention) is None:
+    if why_plain(model) is None:
         from pipeline.engine.slots import SlotsEngine
 
         return SlotsEngine(
@@ -55,7 +55,7 @@ def engine_of(  # noqa: PLR0913 (all but the model by name)
             eos_token_ids=eos_token_ids,
             table=table,
             kv_budget_bytes=resources.kv_budget_bytes,
-            eager=attention == "eager",
+            attention=attention,
             compiled=resources.compile,
         )
     from pipeline.engine.plain import PlainEngine
@@ -64,12 +64,10 @@ def engine_of(  # noqa: PLR0913 (all but the model by name)
     return PlainEngine(model, eos_token_ids=eos_token_ids, table=table, batch_size=size)
 
 
-def why_plain(model: "LlavaForConditionalGeneration", *, attention: str = "auto") -> str | None:
+def why_plain(model: "LlavaForConditionalGeneration") -> str | None:
     """Why slots would not give what the model alone does; null where they do."""
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or SLOT_LAYERS)
-    if attention == "flash_attention_2":
-        return "model.attention is flash_attention_2"
     if is_spread(model):
         return "its parts lie on several devices (model.device_map)"
     if other := sorted(kinds - SLOT_LAYERS):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline.engine.transfer import sent
+
 
 class Grid:
     """Groups of tokens that look at the same keys: [groups, width], padded by any token of
@@ -54,4 +56,4 @@ def grid_of(groups: Sequence[Sequence[int]], *, tokens: range, device: torch.dev
         place_of[np.asarray(group, dtype=np.int64) - tokens.start] = (
             np.arange(len(group)) + number * width
         )
-    return Grid(torch.from_numpy(table).to(device), torch.from_numpy(place_of).to(device))
+    return Grid(sent(torch.from_numpy(table), device), sent(torch.from_numpy(place_of), device))

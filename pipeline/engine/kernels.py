@@ -5,16 +5,22 @@
     products   of matrices, which on a CPU are oneDNN's, and a softmax between them; as in
                transformers' eager attention, scores are rounded to the model's dtype
     few        for a few queries over many keys, where reading these is all the work
+    flash.py   flash-attn's, on a GPU, where a spec asks for it; what it takes no mask for is done
+               by products
 
-In bfloat16 on a CPU the last two are the faster ones, once torch has compiled them.
+In bfloat16 on a CPU products and few are the faster ones, once torch has compiled them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.engine.compiling import attention_pays_on, compile_once
+
+if TYPE_CHECKING:
+    from pipeline.engine.flash import Flash
 
 LOWEST = torch.finfo(torch.float32).min
 TINY = torch.finfo(torch.float32).tiny
@@ -41,16 +47,24 @@ class Part:
 
 
 class Kernels:
-    """The fastest there are; `eager`: products; `compiled`: those that torch compiles, too."""
+    """The fastest there are; `eager`: products; `flash`: flash-attn's; `compiled`: those that torch
+    compiles, too."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, eager: bool, compiled: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        eager: bool = False,
+        flash: "Flash | None" = None,
+        compiled: bool = False,
     ) -> None:
+        self.flash = flash
         self.are_compiled = compiled and not eager and attention_pays_on(device, dtype)
         """Causal attention is then faster by `attend`, too, than by torch's own kernel for it."""
-        # Of the kernels that tell their sums, only the CPU's has been tried out.
-        self._has_flash = device.type == "cpu" and not eager
-        self.can_be_traced = self._has_flash and compiled
+        # Of torch's kernels that tell their sums, only the CPU's has been tried out.
+        self._has_cpu_flash = device.type == "cpu" and not eager and flash is None
+        self.can_be_traced = self._has_cpu_flash and compiled
         """Whether steps are compiled with their attention, by `few`; that, too, only there."""
         self._few_queries = 0
         self._few: Callable[..., Pair] = few
@@ -60,20 +74,31 @@ class Kernels:
             self._few, self._softmax = compile_once(few), compile_once(softmax)
             self._join = compile_once(join)
 
-    def attend(self, query: torch.Tensor, keys: Pair, bias: torch.Tensor, *, scale: float) -> Part:
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: Pair,
+        bias: torch.Tensor,
+        *,
+        scale: float,
+        lengths: torch.Tensor | None = None,
+    ) -> Part:
         """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
 
-        `bias`: [1 or N, 1, 1 or queries, keys], zero or minus infinity. Of a query that sees no key
-        `lse` may be anything, `out` is finite.
+        `bias`: [1 or N, 1, 1 or queries, keys], zero or minus infinity. `lengths` int32 [N]: that
+        all it says is how many first keys a sequence sees. Of a query that sees no key `lse` may be
+        anything, `out` is finite.
         """
+        if self.flash is not None and lengths is not None:
+            return self.flash.attend(query, keys, lengths, scale)
         sequences, columns = len(query), keys[0].shape[2]
         # Lengths of one would be compiled again, each for itself.
         if self.are_compiled and sequences > 1 and columns > 1:
             if query.shape[2] == self._few_queries and bias.shape[:3] == (sequences, 1, 1):
                 return Part(*self._few(query, *keys, bias, scale))
             return by_products(query, keys, bias, scale, weigh=self._softmax)
-        if self._has_flash:
-            return _by_flash(query, keys, bias, scale)
+        if self._has_cpu_flash:
+            return _by_cpu_flash(query, keys, bias, scale)
         return by_products(query, keys, bias, scale)
 
     def join(
@@ -103,7 +128,7 @@ class Kernels:
         self.join(part, places, other, places.clone(), blind=places > 0)
 
 
-def _by_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor, scale: float) -> Part:
+def _by_cpu_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor, scale: float) -> Part:
     return Part(
         *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, *keys, attn_mask=bias, scale=scale

@@ -1,12 +1,12 @@
 """The text model over a flat sequence of tokens, with an attention that knows who sees whom."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.engine.attention import Asked, Pass, SlotAttention
 from pipeline.engine.compiling import compile_once, compiling
+from pipeline.engine.flash import Flash
 from pipeline.engine.kernels import FEW, Kernels
 from pipeline.engine.kv import shape_of
 from pipeline.engine.last_layer import LastLayer
@@ -23,15 +23,19 @@ WANTED = 31
 
 
 class Language:
-    """The text model of a LLaVA; `eager`: attention by matrix products.
+    """The text model of a LLaVA; `attention`: as `model.attention` of a spec.
 
     `compiled`: by torch, for any number of tokens but one; what reads prompts, without what is read
-    and written of keys, and on a CPU steps with that. Raises SpecError where that does not work
+    and written of keys, and on a CPU steps with that. Raises SpecError where either does not work
     here.
     """
 
     def __init__(
-        self, model: "LlavaForConditionalGeneration", *, eager: bool, compiled: bool = False
+        self,
+        model: "LlavaForConditionalGeneration",
+        *,
+        attention: str = "auto",
+        compiled: bool = False,
     ) -> None:
         self._model: Any = model
         self._text: Any = model.model.language_model
@@ -39,7 +43,13 @@ class Language:
         self._compiled_step: Any = None
         self._compiled_head: Any = None
         self._compiled_likeliest: Likeliest | None = None
-        self._kernels = Kernels(model.device, model.dtype, eager=eager, compiled=compiled)
+        self._kernels = Kernels(
+            model.device,
+            model.dtype,
+            eager=attention == "eager",
+            flash=Flash() if attention == "flash_attention_2" else None,
+            compiled=compiled,
+        )
         self._last_layer = LastLayer(self._text)
         self._attention = SlotAttention(self._kernels, self._last_layer)
         model.set_attn_implementation({"text_config": self._attention.name})
@@ -48,10 +58,9 @@ class Language:
         if compiled:
             self._compile()
 
-    def embedded(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden]"""
-        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
-        embeds: torch.Tensor = self._model.get_input_embeddings()(ids)
+    def embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """From [tokens], [tokens, hidden]."""
+        embeds: torch.Tensor = self._model.get_input_embeddings()(token_ids)
         return embeds
 
     def run(self, what: Pass, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

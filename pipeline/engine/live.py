@@ -20,7 +20,8 @@ from pipeline.engine.grid import grid_of
 from pipeline.engine.kv import KVArena, Shape
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
-from pipeline.engine.step import Decode, Shared
+from pipeline.engine.shared import Shared
+from pipeline.engine.step import Decode
 from pipeline.engine.transfer import sent
 
 NOWHERE = -1
@@ -310,29 +311,32 @@ class Live:
         return self._decode(rows, [row.question_tokens for row in rows])
 
     def _decode(self, rows: Sequence[Row], own_tokens: Sequence[int]) -> Decode:
-        own = np.array(own_tokens)
+        own = torch.tensor(own_tokens)
         return Decode(
             self.branches,
             first_row=rows[0].index,
-            own_tokens=torch.from_numpy(own).to(self.tokens.device),
-            longest_own=int(own.max()),
-            shared=self._shared(rows),
+            own_tokens=sent(own, self.tokens.device),
+            longest_own=max(own_tokens),
+            shared=self._shared(rows, own),
         )
 
-    def _shared(self, rows: Sequence[Row]) -> Shared | None:
+    def _shared(self, rows: Sequence[Row], own_tokens: torch.Tensor) -> Shared | None:
         device = self.tokens.device
         slots = np.array([row.job.slot for row in rows])
         alone = slots == NOWHERE
         if alone.all():
             return None
         groups = [np.flatnonzero(slots == slot).tolist() for slot in range(len(self.jobs))]
-        tokens = np.array([job.prefix_tokens for job in self.jobs])
+        grid = grid_of(groups, tokens=range(len(rows)), device=device)
+        tokens = [job.prefix_tokens for job in self.jobs]
         return Shared(
-            arena=self.prefixes,
-            tokens=torch.from_numpy(tokens).to(device),
-            longest=max(int(tokens.max()), 1),
-            grid=grid_of(groups, tokens=range(len(rows)), device=device),
-            alone=torch.from_numpy(alone).to(device) if alone.any() else None,
+            self.prefixes,
+            slots=slice(len(tokens)),
+            tokens=sent(torch.tensor(tokens), device),
+            longest=max(tokens),
+            grid=grid,
+            behind=sent(own_tokens - 1, device)[grid.table],
+            alone=sent(torch.from_numpy(alone), device) if alone.any() else None,
         )
 
     def free(self) -> None:

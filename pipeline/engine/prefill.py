@@ -10,18 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.engine.attention import (
-    Asked,
-    Hidden,
-    attend_causally,
-    bias_of,
-    hidden_of,
-    is_seen,
-)
+from pipeline.engine.attention import Asked, attend_causally, bias_of, is_seen
 from pipeline.engine.grid import grid_of
 from pipeline.engine.kernels import Pair, Part
 from pipeline.engine.kv import KVArena, put
+from pipeline.engine.shared import Shared
 from pipeline.engine.step import Decode
+from pipeline.engine.transfer import sent
+
+Placed = tuple[Part, torch.Tensor]
+"""And where each token and head [tokens * heads] is in it, flat."""
 
 BLOCK_TOKENS = 128
 """At most, of those that look at the same keys: fewer take longer to set going than they spare."""
@@ -115,7 +113,7 @@ class _Stretches:
         lengths = torch.tensor([len(each) for each in stretches])
         sequence = torch.tensor([each.place for each in stretches]).repeat_interleave(lengths)
         heads = sequence[:, None] * arena.kv_heads + torch.arange(arena.kv_heads)
-        self._new = (heads * arena.width + column[:, None]).flatten().to(arena.device)
+        self._new = sent((heads * arena.width + column[:, None]).flatten(), arena.device)
         """Where the new keys go: [tokens, kv_heads] of [sequences, kv_heads, width], flat."""
 
     def keep(self, asked: Asked) -> None:
@@ -139,7 +137,7 @@ class _Causal:
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
         self._stretches = _Stretches(stretches, arena)
-        self.keep, self.places = self._stretches.keep, self._stretches.places
+        self.keep = self._stretches.keep
         blocks = -(-self._stretches.longest // BLOCK_TOKENS)
         bounds = [n * self._stretches.longest // blocks for n in range(blocks + 1)]
         self._blocks = list(itertools.pairwise(bounds))
@@ -147,21 +145,30 @@ class _Causal:
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim], where they see nothing else."""
-        if asked.kernels.are_compiled:
-            found, places = self.attend_part(asked).flat[0], self.places(asked)
+        if asked.kernels.are_compiled or asked.kernels.flash is not None:
+            found, places = self.attend_part(asked)
+            flat = found.flat[0]
         else:
-            found, places = self._attend(asked)
-        return found.index_select(0, places).view(-1, *asked.query.shape[::2])
+            query, keys, places = self._by_heads(asked)
+            flat = attend_causally(asked, query, *keys).reshape(-1, query.shape[-1])
+        return flat.index_select(0, places).view(-1, *asked.query.shape[::2])
 
-    def _attend(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
-        """[places, dim], and the place of each token and head."""
+    def attend_part(self, asked: Asked) -> Placed:
+        if asked.kernels.flash is None:
+            return self._by_blocks(asked), self._stretches.places(asked)
+        query, keys, places = self._by_heads(asked)
+        window = asked.window
+        return asked.kernels.flash.attend_causally(query, keys, asked.scale, window=window), places
+
+    def _by_heads(self, asked: Asked) -> tuple[torch.Tensor, Pair, torch.Tensor]:
+        """The query [stretches, heads, longest, dim], keys and values with kv_heads, and the place
+        of each token and head in the query."""
         self.keep(asked)
-        heads, _, dim = asked.query.shape
-        query = self._stretches.grid.spread(asked.query, heads)
-        found = attend_causally(asked, query, *self._stretches.kept(asked, self._stretches.longest))
-        return found.reshape(-1, dim), self._stretches.grid.places(heads, 1)
+        grid, heads = self._stretches.grid, asked.query.shape[0]
+        keys = self._stretches.kept(asked, self._stretches.longest)
+        return grid.spread(asked.query, heads), keys, grid.places(heads, 1)
 
-    def attend_part(self, asked: Asked) -> Part:
+    def _by_blocks(self, asked: Asked) -> Part:
         """[stretches, kv_heads, longest * group, dim]"""
         if asked.window not in self._biases:
             biases = [self._bias(asked, start, stop) for start, stop in self._blocks]
@@ -194,19 +201,20 @@ class _Continuing:
 
     def __init__(self, questions: Sequence[Stretch], rows: KVArena) -> None:
         self._stretches = _Stretches(questions, rows)
-        self.keep, self.places = self._stretches.keep, self._stretches.places
-        self._kept = torch.tensor([question.kept for question in questions], device=rows.device)
+        self.keep = self._stretches.keep
+        self._kept = sent(torch.tensor([question.kept for question in questions]), rows.device)
         self._longest = max(question.kept + len(question) for question in questions)
         self._biases: dict[int | None, torch.Tensor] = {}
 
-    def attend_part(self, asked: Asked) -> Part:
+    def attend_part(self, asked: Asked) -> Placed:
         """[questions, kv_heads, longest * group, dim]"""
         if asked.window not in self._biases:
             self._biases[asked.window] = self._bias(asked)
         self.keep(asked)
         pair = self._stretches.kept(asked, self._longest)
         query = self._stretches.grid.spread(asked.query, asked.kv_heads)
-        return asked.kernels.attend(query, pair, self._biases[asked.window], scale=asked.scale)
+        part = asked.kernels.attend(query, pair, self._biases[asked.window], scale=asked.scale)
+        return part, self._stretches.places(asked)
 
     def _bias(self, asked: Asked) -> torch.Tensor:
         """[questions, 1, longest * group, columns]: causal, and within the window."""
@@ -234,13 +242,16 @@ class _Looking:
             self._own.append(_Continuing(continuing, rows))
         groups = [[n for q in each.questions for n in range(q.start, q.stop)] for each in looking]
         tokens = range(questions[0].start, questions[-1].stop)
-        self._grid = grid_of(groups, tokens=tokens, device=device)
-        self._slots, self._arena = _selector([each.slot for each in looking], device), slots
-        self._tokens = torch.tensor([each.prefix_tokens for each in looking], device=device)
-        self._longest_prefix = max(1, *(each.prefix_tokens for each in looking))
-        within = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions]).to(device)
-        self._within = within[self._grid.table - tokens.start]
-        self._hidden: dict[int | None, Hidden] = {}
+        grid = grid_of(groups, tokens=tokens, device=device)
+        behind = torch.cat([torch.arange(q.kept, q.kept + len(q)) for q in questions])
+        self._shared = Shared(
+            slots,
+            slots=_selector([each.slot for each in looking], device),
+            tokens=sent(torch.tensor([each.prefix_tokens for each in looking]), device),
+            longest=max(each.prefix_tokens for each in looking),
+            grid=grid,
+            behind=sent(behind, device)[grid.table - tokens.start],
+        )
 
     def keep(self, asked: Asked) -> None:
         for each in self._own:
@@ -248,29 +259,11 @@ class _Looking:
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim]"""
-        if asked.window not in self._hidden:
-            self._hidden[asked.window] = self._hides(asked)
-        hidden = self._hidden[asked.window]
-        own, at_own = _flat([(each.attend_part(asked), each.places(asked)) for each in self._own])
-        keys, values = (
-            kept[self._slots, :, : self._longest_prefix] for kept in self._arena.layers[asked.layer]
-        )
-        query = self._grid.spread(asked.query, asked.kv_heads)
-        prefix = asked.kernels.attend(query, (keys, values), hidden.bias, scale=asked.scale)
-        at_prefix = self._grid.places(asked.kv_heads, asked.group)
-        found = asked.kernels.join(prefix, at_prefix, own, at_own, blind=hidden.blind)
-        return found.view(-1, *asked.query.shape[::2])
-
-    def _hides(self, asked: Asked) -> Hidden:
-        columns = torch.arange(self._longest_prefix, device=asked.query.device)
-        seen = (columns < self._tokens[:, None])[:, None]
-        if asked.window is not None:
-            looking = self._tokens[:, None] + self._within
-            seen = seen & (looking[:, :, None] - columns < asked.window)
-        return hidden_of(seen, asked, self._grid)
+        own, at_own = _flat([each.attend_part(asked) for each in self._own])
+        return self._shared.joined(asked, own, at_own).view(-1, *asked.query.shape[::2])
 
 
-def _flat(parts: Sequence[tuple[Part, torch.Tensor]]) -> tuple[Part, torch.Tensor]:
+def _flat(parts: Sequence[Placed]) -> Placed:
     """Of other queries each, and where these are in it."""
     if len(parts) == 1:
         return parts[0]
@@ -288,4 +281,4 @@ def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tens
     first, count = places[0], len(places)
     if list(places) == list(range(first, first + count)):
         return slice(first, first + count)
-    return torch.tensor(places, device=device)
+    return sent(torch.tensor(places), device)

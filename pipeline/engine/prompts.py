@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline.engine.language import Language
@@ -61,7 +62,7 @@ class Read:
 
 def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id: int) -> Read:
     """Raises what the device raises."""
-    flat = _Flat(language, image_token_id)
+    flat = _Flat(image_token_id)
     new = [filling for filling, is_new in taken if is_new]
     prefixes = [flat.prefix(filling) for filling in new if filling.job.slot != NOWHERE]
     wholes = [flat.whole(filling) for filling in new if filling.job.slot == NOWHERE]
@@ -76,7 +77,7 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
     step = live.step_of_ends(rows) if is_cut else None
     ends = Ends(asked_places, step) if step else None
     what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches, ends=ends)
-    hidden = language.run(what, torch.cat(flat.embeds), torch.cat(flat.positions))
+    hidden = language.run(what, flat.embeds(language), flat.positions(language))
     if ends:
         return Read(hidden, hidden[:0])
     return Read(hidden[asked_places], hidden[scored_places])
@@ -88,23 +89,23 @@ def _scored(row: Row, end: int) -> range:
 
 
 class _Flat:
-    """The sequence in the making. `end_of`: where the rows' questions end."""
+    """The sequence in the making, on the host. `end_of`: where the rows' questions end."""
 
-    def __init__(self, language: Language, image_token_id: int) -> None:
-        self._language, self._image_token_id = language, image_token_id
-        self.embeds: list[torch.Tensor] = []
-        self.positions: list[torch.Tensor] = []
+    def __init__(self, image_token_id: int) -> None:
+        self._image_token_id = image_token_id
+        self._ids: list[int] = []
+        self._positions: list[int] = []
+        self._features: list[torch.Tensor] = []
+        self._image_tokens: list[int] = []
+        """Their places, in the order of the features."""
         self.end_of: dict[Row, int] = {}
-        self._end = 0
 
     def prefix(self, filling: Filling) -> Stretch:
-        start = self._add(self._prefix(filling), first=0)
-        return Stretch(start, self._end, filling.job.slot)
+        return Stretch(self._prefix(filling), len(self._ids), filling.job.slot)
 
     def whole(self, filling: Filling) -> Stretch:
         (row,) = filling.rows
-        start = self._add(self._prefix(filling), first=0)
-        return Stretch(start, self._question(row).stop, row.index)
+        return Stretch(self._prefix(filling), self._question(row).stop, row.index)
 
     def looking(self, fillings: Sequence[Filling]) -> list[Looking]:
         """Those that continue another one come last."""
@@ -116,22 +117,36 @@ class _Flat:
             for each in fillings
         ]
 
-    def _question(self, row: Row) -> Stretch:
-        kept = row.kept or 0
-        embeds = self._language.embedded(row.unread)
-        start = self._add(embeds, first=row.job.prefix_tokens + kept)
-        self.end_of[row] = self._end
-        return Stretch(start, self._end, row.index, kept)
-
-    def _prefix(self, filling: Filling) -> torch.Tensor:
-        ids = torch.tensor(filling.job.request.prefix.token_ids, device=self._language.device)
-        embeds = self._language.embedded(ids)
-        if filling.features is not None:
-            embeds[ids == self._image_token_id] = filling.features.to(embeds.dtype)
+    def embeds(self, language: Language) -> torch.Tensor:
+        """[tokens, hidden], features in place of image tokens."""
+        embeds = language.embedded(sent(torch.tensor(self._ids), language.device))
+        if self._features:
+            places = sent(torch.tensor(self._image_tokens), language.device)
+            embeds.index_copy_(0, places, torch.cat(self._features).to(embeds.dtype))
         return embeds
 
-    def _add(self, embeds: torch.Tensor, *, first: int) -> int:
-        start, self._end = self._end, self._end + len(embeds)
-        self.embeds.append(embeds)
-        self.positions.append(torch.arange(first, first + len(embeds), device=embeds.device))
+    def positions(self, language: Language) -> torch.Tensor:
+        """[tokens], of each in its own prompt."""
+        return sent(torch.tensor(self._positions), language.device)
+
+    def _question(self, row: Row) -> Stretch:
+        kept = row.kept or 0
+        start = self._add(row.unread, first=row.job.prefix_tokens + kept)
+        self.end_of[row] = len(self._ids)
+        return Stretch(start, len(self._ids), row.index, kept)
+
+    def _prefix(self, filling: Filling) -> int:
+        """Where it starts."""
+        ids = filling.job.request.prefix.token_ids
+        start = self._add(ids, first=0)
+        if filling.features is not None:
+            self._features.append(filling.features)
+            places = np.flatnonzero(np.array(ids) == self._image_token_id)
+            self._image_tokens += (places + start).tolist()
+        return start
+
+    def _add(self, ids: Sequence[int], *, first: int) -> int:
+        start = len(self._ids)
+        self._ids += ids
+        self._positions += range(first, first + len(ids))
         return start

@@ -33,6 +33,7 @@ from pipeline.engine.said import take
 from pipeline.engine.sampling import Chooser
 from pipeline.engine.score import scores_of
 from pipeline.engine.settling import Settling
+from pipeline.engine.transfer import sent
 from schemas.errors import DeviceOutOfMemory, GenerateError, PromptTooLong
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class SlotsEngine:
     prompt alone, whatever else is in flight (ties of the top two logits within rounding aside).
 
     `table`: float32 [3, 256] of `pixels.pixel_table`. `kv_budget_bytes`: what keys and values may
-    take; null: a share of the device's memory (`memory.py`). `eager`: attention by matrix products.
-    `compiled`: as in Language and Looker; raises SpecError.
+    take; null: a share of the device's memory (`memory.py`). `attention`: as `model.attention` of a
+    spec. `compiled`: as in Language and Looker; raises SpecError.
     """
 
     def __init__(  # noqa: PLR0913 (all but the model by name)
@@ -68,7 +69,7 @@ class SlotsEngine:
         eos_token_ids: Sequence[int],
         table: np.ndarray,
         kv_budget_bytes: int | None = None,
-        eager: bool = False,
+        attention: str = "auto",
         compiled: bool = False,
     ) -> None:
         text = model.config.get_text_config()
@@ -77,7 +78,7 @@ class SlotsEngine:
         self._context: int = text.max_position_embeddings
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table, compiled=compiled)
-        self._language = Language(model, eager=eager, compiled=compiled)
+        self._language = Language(model, attention=attention, compiled=compiled)
         self._chooser = Chooser(
             eos=self._eos, device=self._device, choose_likeliest=self._language.likeliest
         )
@@ -333,7 +334,7 @@ class SlotsEngine:
         assert self._live is not None
         first = rows[0].index
         what = self._live.decode(rows)
-        positions = torch.tensor([row.next_position for row in rows], device=self._device)
+        positions = sent(torch.tensor([row.next_position for row in rows]), self._device)
         embeds = self._language.embedded(self._live.tokens[first : first + len(rows)])
         self._take(rows, self._language.run(what, embeds, positions))
 
