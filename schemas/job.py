@@ -177,7 +177,9 @@ class ModelSpec(Spec):
         description="auto: the checkpoint's own (`embedded` runs in float32).",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention kernel, as transformers' `attn_implementation`."
+        "auto",
+        description="Attention kernel, as transformers' `attn_implementation`. flash_attention_2: "
+        "flash-attn's, on a GPU, in bfloat16 or float16; questions are packed with it, too.",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",

@@ -442,7 +442,8 @@ def test_an_image_that_cannot_be_looked_at_fails_every_turn(llama: Known) -> Non
 def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     def question(flat: Any, row: live.Row) -> Any:
         found = right_question(flat, row)
-        flat.positions[-1] += bool(row.kept)
+        for place in range(found.start, found.stop):
+            flat._positions[place] += bool(row.kept)
         return found
 
     right_question = prompts._Flat._question

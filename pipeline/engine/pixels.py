@@ -176,7 +176,9 @@ def normalised(pixels: "torch.Tensor", table: "torch.Tensor") -> "torch.Tensor":
     """uint8 [..., H, W, 3] through float32 [3, 256], where the table is: [..., 3, H, W]."""
     import torch
 
-    planes = pixels.to(table.device).movedim(-1, -3).long()
+    from pipeline.engine.transfer import sent
+
+    planes = sent(pixels, table.device).movedim(-1, -3).long()
     channel = torch.arange(3, device=table.device)[:, None, None]
     return table[channel, planes]
 
