@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
-from pipeline.engine import grid, live, look, prefill, slots, step
+from pipeline.engine import live, look, prefill, slots, step
 from pipeline.engine.attention import Asked
 from pipeline.engine.kv import KVArena, shape_of
 from pipeline.engine.picking import Picking
 from pipeline.engine.pixels import pixel_table
+from pipeline.engine.replays import Replays, Run
 from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
 from pipeline.engine.traced import TracedStep
@@ -173,6 +174,26 @@ def test_a_kernel_that_takes_lengths_and_no_masks_gives_the_same(
     assert bool(calls["lengths"]) is not has_windows
 
 
+@pytest.mark.parametrize("slots", [2, 5, 32])
+def test_steps_that_are_done_again_as_recorded_give_the_same(known: Known, slots: int) -> None:
+    """As CUDA graphs have it: nothing differs between steps of one outline but their numbers."""
+    engine, recorded = known.engine(slots=slots), Counter[str]()
+
+    def record(run: Run) -> Run:
+        recorded["steps"] += 1
+
+        def again() -> torch.Tensor:
+            recorded["again"] += 1
+            return run()
+
+        return again
+
+    engine._stepper.replays = Replays(record)
+    for counts in ([1] * 10, [12, 1, 5, 2, 1, 7, 3], [1] * 3):
+        known.check(engine, groups_of(counts, random.Random(slots)))
+    assert recorded["again"] > recorded["steps"]
+
+
 def turns_of(engine: SlotsEngine, requests: Sequence[Request]) -> list[Any]:
     """What is said in conversations about the images of requests."""
     askings = [Asking(each, [talk(random.Random(n), 3) for n in range(3)]) for each in requests]
@@ -274,13 +295,13 @@ def unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = live.grid_of
+    right = live.tables_of
 
     def wrong(*args: Any, **options: Any) -> Any:
-        found = right(*args, **options)
-        return grid.Grid(found.table, found.place_of.roll(1))
+        table, place_of = right(*args, **options)
+        return table, np.roll(place_of, 1)
 
-    monkeypatch.setattr(live, "grid_of", wrong)
+    monkeypatch.setattr(live, "tables_of", wrong)
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

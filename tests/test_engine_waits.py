@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.engine.live import Row
 from pipeline.engine.pixels import pixel_table
+from pipeline.engine.replays import Replays, Run
 from pipeline.engine.slots import SlotsEngine
 from tests.engine_cases import cases_of, request_of
 from tests.flash import stand_in
@@ -25,11 +26,12 @@ aten = torch.ops.aten
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait, by name."""
+    """Counts what makes the host wait, by name; `sent`: what goes to the device, waited for or
+    not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted = Counter[str]()
+        self.counted, self.sent = Counter[str](), 0
 
     def __torch_dispatch__(
         self,
@@ -46,8 +48,9 @@ class Waits(TorchDispatchMode):
             if tensor.device == META and to == CPU:
                 self.counted["read"] += 1
                 return torch.zeros(tensor.shape, dtype=given.get("dtype") or tensor.dtype)
-            if tensor.device == CPU and to == META and not given.get("non_blocking"):
-                self.counted["sent"] += 1
+            if tensor.device == CPU and to == META:
+                self.sent += 1
+                self.counted["sent"] += not given.get("non_blocking")
         if packet in (aten._local_scalar_dense, aten.item) and args[0].device == META:
             self.counted["item"] += 1
             return 0
@@ -112,11 +115,36 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> W
     )
 
 
-def test_the_host_waits_once_for_each_token(engine: Watched) -> None:
+def ask(engine: Watched) -> None:
     cases = cases_of(3, 6)
     of_images = [request_of(tiny_processor(), *cases[n::3]) for n in range(3)]
     alone = [request_of(tiny_processor(), case) for case in cases[:5]]
     engine.submit([*of_images, *alone])
+
+
+def test_the_host_waits_once_for_each_token(engine: Watched) -> None:
+    ask(engine)
     assert len(engine.steps) > 2
     assert engine.steps == [Counter(read=1)] * len(engine.steps)
     assert engine.rest == Counter(read=1), "looking at images and reading prompts"
+
+
+def test_in_what_is_recorded_of_a_step_nothing_is_sent_and_nothing_waited_for(
+    engine: Watched,
+) -> None:
+    """As a CUDA graph has to be: the host is not asked while it runs."""
+    recorded = list[bool]()
+
+    def record(run: Run) -> Run:
+        def again() -> torch.Tensor:
+            before = engine.waits.counted.copy(), engine.waits.sent
+            found = run()
+            recorded.append(before == (engine.waits.counted, engine.waits.sent))
+            return found
+
+        return again
+
+    engine._stepper.replays = Replays(record)
+    ask(engine)
+    assert recorded == [True] * len(engine.steps)
+    assert engine.steps == [Counter(read=1)] * len(engine.steps)

@@ -47,6 +47,12 @@ class Grid:
 
 def grid_of(groups: Sequence[Sequence[int]], *, tokens: range, device: torch.device) -> Grid:
     """`groups`: the tokens of each, by number. Of `tokens`, those in no group have any place."""
+    table, place_of = tables_of(groups, tokens=tokens)
+    return Grid(sent(torch.from_numpy(table), device), sent(torch.from_numpy(place_of), device))
+
+
+def tables_of(groups: Sequence[Sequence[int]], *, tokens: range) -> tuple[np.ndarray, np.ndarray]:
+    """`table` and `place_of` of a Grid, int64."""
     width = max(map(len, groups))
     table = np.empty((len(groups), width), dtype=np.int64)
     place_of = np.zeros(len(tokens), dtype=np.int64)
@@ -56,4 +62,4 @@ def grid_of(groups: Sequence[Sequence[int]], *, tokens: range, device: torch.dev
         place_of[np.asarray(group, dtype=np.int64) - tokens.start] = (
             np.arange(len(group)) + number * width
         )
-    return Grid(sent(torch.from_numpy(table), device), sent(torch.from_numpy(place_of), device))
+    return table, place_of

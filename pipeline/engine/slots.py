@@ -33,7 +33,7 @@ from pipeline.engine.said import take
 from pipeline.engine.sampling import Chooser
 from pipeline.engine.score import scores_of
 from pipeline.engine.settling import Settling
-from pipeline.engine.transfer import sent
+from pipeline.engine.stepper import Stepper
 from schemas.errors import DeviceOutOfMemory, GenerateError, PromptTooLong
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class SlotsEngine:
         self._image_token_id: int = model.config.image_token_id
         self._looker = Looker(model, table, compiled=compiled)
         self._language = Language(model, attention=attention, compiled=compiled)
+        self._stepper = Stepper(self._language, compiled=compiled)
         self._chooser = Chooser(
             eos=self._eos, device=self._device, choose_likeliest=self._language.likeliest
         )
@@ -332,11 +333,7 @@ class SlotsEngine:
 
     def _decode(self, rows: Sequence[Row]) -> None:
         assert self._live is not None
-        first = rows[0].index
-        what = self._live.decode(rows)
-        positions = sent(torch.tensor([row.next_position for row in rows]), self._device)
-        embeds = self._language.embedded(self._live.tokens[first : first + len(rows)])
-        self._take(rows, self._language.run(what, embeds, positions))
+        self._take(rows, self._stepper.run(self._live, rows))
 
     def _take(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
         """The next token of each. [rows, hidden]"""

@@ -13,24 +13,26 @@ class Decode:
     """A pass of one token for each of the rows that follow `first_row`.
 
     `own_tokens` [rows] are the tokens in a row, the new one included, `longest_own` the most of
-    them. `shared`: null where no row looks at a slot.
+    them, `positions` [rows] those of the new ones. `shared`: null where no row looks at a slot.
     """
 
     wanted = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (by name)
         self,
         branches: KVArena,
         *,
         first_row: int,
         own_tokens: torch.Tensor,
         longest_own: int,
+        positions: torch.Tensor,
         shared: Shared | None,
     ) -> None:
         self._branches = branches
         self._rows = slice(first_row, first_row + len(own_tokens))
         self._own_tokens, self._longest_own = own_tokens, longest_own
         self._lengths = own_tokens.int()
+        self.positions = positions
         self._shared = shared
         self._biases: dict[int | None, torch.Tensor] = {}
         """Made once for all layers with the same window."""
