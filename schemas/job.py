@@ -310,8 +310,9 @@ class GenerateResources(Spec):
     compile: bool = Field(
         False,
         description="Have torch compile the text model before the first answer, and on a CPU the "
-        "rest of the model, too: for large models and long jobs. It takes two or three minutes on "
-        "each actor and, on a CPU, a C++ compiler and memory for the weights three times.",
+        "rest of the model, too; on a GPU, steps are recorded and done again as CUDA graphs. For "
+        "large models and long jobs: it takes two or three minutes on each actor and, on a CPU, a "
+        "C++ compiler and memory for the weights three times.",
     )
     kv_budget_bytes: int | None = Field(
         None,

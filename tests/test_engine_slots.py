@@ -295,13 +295,13 @@ def unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = live.tables_of
+    right = stepper.tables_of
 
     def wrong(*args: Any, **options: Any) -> Any:
         table, place_of = right(*args, **options)
         return table, np.roll(place_of, 1)
 
-    monkeypatch.setattr(live, "tables_of", wrong)
+    monkeypatch.setattr(stepper, "tables_of", wrong)
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,18 +11,13 @@ one that is over takes its row, and what it has of its keys. Knows the arenas, n
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from pipeline.engine.grid import Grid, tables_of
 from pipeline.engine.kv import KVArena, Shape
-from pipeline.engine.outline import Numbers, Outline, flat_of, numbers_of, rounded_up
 from pipeline.engine.request import Branch, Outcome, Request
 from pipeline.engine.said import Said
-from pipeline.engine.shared import Shared
-from pipeline.engine.step import Decode
 from pipeline.engine.transfer import sent
 
 NOWHERE = -1
@@ -299,67 +294,6 @@ class Live:
             self.jobs[place] = last
             last.slot = place
         job.slot = NOWHERE
-
-    def step(self, rows: Sequence[Row], *, is_rounded: bool) -> tuple[Outline, torch.Tensor]:
-        """One more token for neighbouring rows, and its numbers on the host. `is_rounded`: what is
-        added are places behind these rows, which have to be the last ones."""
-        return self._step(rows, [row.own_tokens + 1 for row in rows], is_rounded=is_rounded)
-
-    def decode(self, first_row: int, outline: Outline, flat: torch.Tensor) -> Decode:
-        """The pass of a step; `flat`: its numbers on the device."""
-        numbers = numbers_of(outline, flat)
-        shared = self._shared(outline, numbers) if outline.slots else None
-        return Decode(
-            self.branches,
-            first_row=first_row,
-            own_tokens=numbers.own_tokens,
-            longest_own=outline.longest_own,
-            positions=numbers.positions,
-            shared=shared,
-        )
-
-    def step_of_ends(self, rows: Sequence[Row]) -> Decode | None:
-        """What the last tokens of their questions look at; null where they are no neighbours."""
-        first = rows[0].index
-        if [row.index for row in rows] != list(range(first, first + len(rows))):
-            return None
-        outline, flat = self._step(rows, [row.question_tokens for row in rows], is_rounded=False)
-        return self.decode(first, outline, sent(flat, self.tokens.device))
-
-    def _step(
-        self, rows: Sequence[Row], own_tokens: Sequence[int], *, is_rounded: bool
-    ) -> tuple[Outline, torch.Tensor]:
-        outline = Outline(len(rows), max(own_tokens))
-        numbers = [np.array(own_tokens), np.array([row.next_position for row in rows])]
-        slots = np.array([row.job.slot for row in rows])
-        if (slots != NOWHERE).any():
-            groups = [np.flatnonzero(slots == slot).tolist() for slot in range(len(self.jobs))]
-            table, place_of = tables_of(groups, tokens=range(len(rows)))
-            prefix_tokens = [job.prefix_tokens for job in self.jobs]
-            longest = max(1, *prefix_tokens)
-            outline = replace(
-                outline, slots=len(groups), abreast=table.shape[1], longest_prefix=longest
-            )
-            numbers += [np.array(prefix_tokens), table, place_of, (slots == NOWHERE).astype(int)]
-        if is_rounded:
-            outline = rounded_up(outline, most=self._most)
-        return outline, flat_of(outline, numbers)
-
-    @property
-    def _most(self) -> Outline:
-        rows, slots = self.branches.capacity, self.prefixes.capacity
-        return Outline(rows, self.branches.width, slots, rows, self.prefixes.width)
-
-    def _shared(self, outline: Outline, numbers: Numbers) -> Shared:
-        return Shared(
-            self.prefixes,
-            slots=slice(outline.slots),
-            tokens=numbers.prefix_tokens,
-            longest=outline.longest_prefix,
-            grid=Grid(numbers.table, numbers.place_of),
-            behind=(numbers.own_tokens - 1)[numbers.table],
-            alone=numbers.is_alone.bool(),
-        )
 
     def free(self) -> None:
         """Give up the memory, whoever still holds this."""

@@ -13,6 +13,7 @@ import torch
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
 from pipeline.engine.prefill import Ends, Looking, Prefill, Stretch
+from pipeline.engine.stepper import step_of_ends
 from pipeline.engine.transfer import sent
 
 
@@ -74,7 +75,7 @@ def read_prompts(taken: Taken, live: Live, language: Language, *, image_token_id
         sent(torch.tensor(each, dtype=torch.long), language.device) for each in (asked, scored)
     )
     is_cut = not scored and language.can_want(len(asked))
-    step = live.step_of_ends(rows) if is_cut else None
+    step = step_of_ends(live, rows) if is_cut else None
     ends = Ends(asked_places, step) if step else None
     what = Prefill(prefixes, wholes, looking, slots=live.prefixes, rows=live.branches, ends=ends)
     hidden = language.run(what, flat.embeds(language), flat.positions(language))

@@ -6,6 +6,7 @@ rows there are follows from a budget in bytes (`room.py`). One thread does the w
 
     picking.py    what is read next
     prompts.py    reads it
+    stepper.py    one more token for each row
     settling.py   outcomes, and what follows from them
 """
 
