@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, Qwen2Config
 
-from pipeline.engine import live, look, prefill, slots, step
+from pipeline.engine import live, look, prefill, slots, step, stepper
 from pipeline.engine.attention import Asked
 from pipeline.engine.kv import KVArena, shape_of
 from pipeline.engine.picking import Picking

@@ -33,9 +33,8 @@ class Stepper:
         outline, numbers = _told(live, rows, [row.own_tokens + 1 for row in rows])
         # What is added are places behind these rows.
         if self.replays is None or len(rows) < len(live.rows):
-            return self._step(
-                live, first, outline, sent(flat_of(outline, numbers), live.tokens.device)
-            )
+            flat = sent(flat_of(outline, numbers), live.tokens.device)
+            return self._step(live, first, outline, flat)
         rounded = rounded_up(outline, most=_most(live))
         step = partial(self._step, live, first, rounded)
         return self.replays.run(live, rounded, step, flat_of(rounded, numbers))[: len(rows)]
