@@ -61,9 +61,13 @@ class CudaGraphs:
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of an actor may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = run()
+        try:
+            # Other threads of an actor may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                found = run()
+        except torch.OutOfMemoryError:
+            # It has just run once: only to keep it there is no room.
+            return run
 
         def again() -> torch.Tensor:
             graph.replay()
