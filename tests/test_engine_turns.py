@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine import live, prefill, prompts
+from pipeline.engine.replays import Replays
 from pipeline.engine.request import Answer, Branch, Decoding, Outcome, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
 from schemas.errors import (
@@ -85,6 +86,12 @@ def test_a_kernel_that_takes_lengths_and_no_masks_gives_the_same_turns(
     engine = known.engine(room=8, attention="flash_attention_2")
     known.check_all(engine, list(mixed(known, random.Random(0))))
     assert calls["causal"]
+
+
+def test_steps_that_are_done_again_as_recorded_give_the_same_turns(known: Known) -> None:
+    engine = known.engine(room=8)
+    engine._stepper.replays = Replays(lambda run: run)
+    known.check_all(engine, list(mixed(known, random.Random(0))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
