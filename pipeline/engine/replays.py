@@ -15,6 +15,7 @@ import torch
 from pipeline.engine.live import Live
 from pipeline.engine.outline import Outline
 from pipeline.engine.transfer import sent
+from schemas.errors import SpecError
 
 Run = Callable[[], torch.Tensor]
 
@@ -47,7 +48,8 @@ class Replays:
 
 
 class CudaGraphs:
-    """Records for one device; those of one engine share their memory, since they take turns."""
+    """Records for one device; those of one engine share their memory, since they take turns.
+    Raises SpecError where a step waits for the device, which cannot be recorded."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -68,6 +70,11 @@ class CudaGraphs:
         except torch.OutOfMemoryError:
             # It has just run once: only to keep it there is no room.
             return run
+        except RuntimeError as error:
+            raise SpecError(
+                "resources.generate.compile: this model's steps cannot be recorded as CUDA graphs "
+                f"({str(error).splitlines()[0]}): set it to false"
+            ) from error
 
         def again() -> torch.Tensor:
             graph.replay()
