@@ -587,11 +587,11 @@ def test_a_prompt_beyond_the_context_fails_alone(llama: Known) -> None:
     check(fine, llama.expected[0])
 
 
-def poisoned(llama: Known, token: int) -> SlotsEngine:
+def poisoned(llama: Known, token: int, *, slots: int = 4) -> SlotsEngine:
     model = copy.deepcopy(llama.model)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
-    return llama.engine(model=model, slots=4)
+    return llama.engine(model=model, slots=slots)
 
 
 def test_logits_that_are_not_finite_fail_their_row_only(llama: Known) -> None:
@@ -620,6 +620,18 @@ def test_a_prefix_that_is_not_finite_fails_its_own_questions_only(llama: Known) 
         assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
         for i, answer in zip([0, 4], outcomes[1], strict=True):
             check(answer, llama.expected[i])
+
+
+def test_a_prefix_that_is_not_finite_leaves_those_alone_that_need_no_slot(llama: Known) -> None:
+    unused = 250
+    [bad, *good] = llama.requests([[0, 4], [1], [2], [3]])
+    # So long that rows are wide enough for the others' prefixes.
+    branches = [*bad.branches, Branch(bad.branches[0].token_ids, 300)]
+    prefix = Prefix([unused, *bad.prefix.token_ids], bad.prefix.images)
+    outcomes = poisoned(llama, unused, slots=64).submit([Request(prefix, branches), *good])
+    assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
+    for i, [answer] in zip([1, 2, 3], outcomes[1:], strict=True):
+        check(answer, llama.expected[i])
 
 
 def test_image_tokens_that_do_not_match_the_features_fail_alone(llama: Known) -> None:

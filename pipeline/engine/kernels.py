@@ -169,9 +169,11 @@ def join(  # noqa: PLR0913 (two parts)
     blind: torch.Tensor,
 ) -> torch.Tensor:
     """By the logarithms of their sums, as flash attention does between its blocks."""
+    # Who sees nothing there may be given anybody's place, whose numbers need not be finite.
     difference = a_lse.index_select(0, at_a) - b_lse.index_select(0, at_b)
     share = difference.masked_fill(blind, float("-inf")).sigmoid()[:, None]
-    found_a, found_b = a.index_select(0, at_a), b.index_select(0, at_b)
+    found_a = a.index_select(0, at_a).masked_fill(blind[:, None], 0)
+    found_b = b.index_select(0, at_b)
     return torch.lerp(found_b.float(), found_a.float(), share).to(a.dtype)
 
 

@@ -87,4 +87,6 @@ def _size(count: int) -> int:
 
 
 def _longer(numbers: np.ndarray, count: int, *, by: int = 0) -> np.ndarray:
-    return np.pad(numbers, (0, count - len(numbers)), constant_values=by)
+    longer = np.full(count, by)
+    longer[: len(numbers)] = numbers
+    return longer
