@@ -34,6 +34,10 @@ class Grid:
         found = rows.index_select(0, self._rows[kv_heads])
         return found.view(groups, kv_heads, width * (heads // kv_heads), dim)
 
+    def between(self, start: int, stop: int) -> "Grid":
+        """Of each group so many tokens; the places stay those in the whole."""
+        return Grid(self.table[:, start:stop], self.place_of)
+
     def places(self, kv_heads: int, group: int) -> torch.Tensor:
         """[tokens * heads]: where each token and head is in what was spread, flat."""
         if (kv_heads, group) not in self._places:

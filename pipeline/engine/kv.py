@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+WIDTH_STEP = 16
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the text model keeps of one token."""
@@ -93,6 +96,11 @@ class KVArena:
 
     def _each(self) -> Iterator[torch.Tensor]:
         return itertools.chain.from_iterable(self.layers)
+
+
+def rounded(tokens: int) -> int:
+    """How wide a place for so many is: one step at least, so that there is something to look at."""
+    return max(-(-tokens // WIDTH_STEP), 1) * WIDTH_STEP
 
 
 def put(kept: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.engine.attention import Asked, attend_causally, bias_of, is_seen
-from pipeline.engine.grid import grid_of
+from pipeline.engine.grid import Grid, grid_of
 from pipeline.engine.kernels import Pair, Part
-from pipeline.engine.kv import KVArena, put
+from pipeline.engine.kv import KVArena, put, rounded
 from pipeline.engine.shared import Shared
 from pipeline.engine.step import Decode
 from pipeline.engine.transfer import sent
@@ -101,6 +101,7 @@ class _Stretches:
 
     def __init__(self, stretches: Sequence[Stretch], arena: KVArena) -> None:
         self.longest = max(map(len, stretches))
+        self.width = arena.width
         self._arena = arena
         self._tokens = slice(stretches[0].start, stretches[-1].stop)
         self.grid = grid_of(
@@ -132,6 +133,28 @@ class _Stretches:
         return self.grid.places(asked.kv_heads, asked.group)
 
 
+class _Block:
+    """Tokens `start` to `stop` of each stretch, over the first `columns` of its keys.
+
+    These are more than the tokens see: where they are all the width that there is, matrix products
+    take them as they are, without a copy.
+    """
+
+    def __init__(self, start: int, stop: int, columns: int, grid: Grid) -> None:
+        self._start, self._stop = start, stop
+        self.columns, self.grid = columns, grid
+        self._biases: dict[int | None, torch.Tensor] = {}
+
+    def bias(self, asked: Asked) -> torch.Tensor:
+        """[1, 1, tokens * group, columns]: causal, and within the window."""
+        if asked.window not in self._biases:
+            places = torch.arange(max(self._stop, self.columns), device=asked.query.device)
+            distance = places[self._start : self._stop, None] - places[: self.columns]
+            seen = is_seen(distance, asked.window).repeat_interleave(asked.group, 0)
+            self._biases[asked.window] = bias_of(seen[None, None], asked.query.dtype)
+        return self._biases[asked.window]
+
+
 class _Causal:
     """Stretches over themselves, block by block: what follows a block is not computed for it."""
 
@@ -140,8 +163,7 @@ class _Causal:
         self.keep = self._stretches.keep
         blocks = -(-self._stretches.longest // BLOCK_TOKENS)
         bounds = [n * self._stretches.longest // blocks for n in range(blocks + 1)]
-        self._blocks = list(itertools.pairwise(bounds))
-        self._biases: dict[int | None, list[torch.Tensor]] = {}
+        self._blocks = [self._block(*each) for each in itertools.pairwise(bounds)]
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim], where they see nothing else."""
@@ -170,30 +192,23 @@ class _Causal:
 
     def _by_blocks(self, asked: Asked) -> Part:
         """[stretches, kv_heads, longest * group, dim]"""
-        if asked.window not in self._biases:
-            biases = [self._bias(asked, start, stop) for start, stop in self._blocks]
-            self._biases[asked.window] = biases
         self.keep(asked)
-        keys, values = self._stretches.kept(asked, self._stretches.longest)
-        query = self._stretches.grid.spread(asked.query, asked.kv_heads)
         parts = [
             asked.kernels.attend(
-                query[:, :, start * asked.group : stop * asked.group],
-                (keys[:, :, :stop], values[:, :, :stop]),
-                bias,
+                block.grid.spread(asked.query, asked.kv_heads),
+                self._stretches.kept(asked, block.columns),
+                block.bias(asked),
                 scale=asked.scale,
             )
-            for (start, stop), bias in zip(self._blocks, self._biases[asked.window], strict=True)
+            for block in self._blocks
         ]
         if len(parts) == 1:
             return parts[0]
         return Part(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
-    def _bias(self, asked: Asked, start: int, stop: int) -> torch.Tensor:
-        """[1, 1, (stop - start) * group, stop]: causal, and within the window."""
-        places = torch.arange(stop, device=asked.query.device)
-        seen = is_seen(places[start:, None] - places[None, :], asked.window)
-        return bias_of(seen.repeat_interleave(asked.group, 0)[None, None], asked.query.dtype)
+    def _block(self, start: int, stop: int) -> "_Block":
+        columns = min(rounded(stop), self._stretches.width)
+        return _Block(start, stop, columns, self._stretches.grid.between(start, stop))
 
 
 class _Continuing:

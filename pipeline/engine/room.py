@@ -9,11 +9,10 @@ finished first.
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.engine.kv import Shape
+from pipeline.engine.kv import WIDTH_STEP, Shape, rounded
 from pipeline.engine.live import Job, Live, Row, Size
 from pipeline.engine.memory import default_kv_budget_bytes, is_out_of_memory, release_cached
 
-WIDTH_STEP = 16
 MOST_ROWS = 1024
 """Of one step; more gain nothing."""
 
@@ -111,8 +110,3 @@ def _widths(jobs: Sequence[Job]) -> tuple[int, int]:
         rounded(max(job.prefix_tokens for job in jobs)),
         rounded(max(job.most_own_tokens for job in jobs)),
     )
-
-
-def rounded(tokens: int) -> int:
-    """How wide a place for so many is: one step at least, so that there is something to look at."""
-    return max(-(-tokens // WIDTH_STEP), 1) * WIDTH_STEP

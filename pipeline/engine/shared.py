@@ -7,7 +7,7 @@ import torch
 from pipeline.engine.attention import Asked, bias_of
 from pipeline.engine.grid import Grid
 from pipeline.engine.kernels import Part
-from pipeline.engine.kv import KVArena
+from pipeline.engine.kv import KVArena, rounded
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Shared:
         alone: torch.Tensor | None = None,
     ) -> None:
         self._arena, self._slots = arena, slots
-        self._tokens, self._longest = tokens, max(longest, 1)
+        self._tokens = tokens
+        # Where that is all the width, matrix products take the slots as they are, without a copy.
+        self._columns = min(rounded(longest), arena.width)
         self._grid, self._behind, self._alone = grid, behind, alone
         self._hidden: dict[int | None, _Hidden] = {}
 
@@ -54,7 +56,7 @@ class Shared:
             self._hidden[asked.window] = self._hides(asked)
         hidden = self._hidden[asked.window]
         keys, values = (
-            kept[self._slots, :, : self._longest] for kept in self._arena.layers[asked.layer]
+            kept[self._slots, :, : self._columns] for kept in self._arena.layers[asked.layer]
         )
         prefix = asked.kernels.attend(
             self._grid.spread(asked.query, asked.kv_heads),
@@ -67,7 +69,7 @@ class Shared:
         return asked.kernels.join(prefix, at_prefix, own, at_own, blind=hidden.blind)
 
     def _hides(self, asked: Asked) -> _Hidden:
-        columns = torch.arange(self._longest, device=self._tokens.device)
+        columns = torch.arange(self._columns, device=self._tokens.device)
         seen, lengths = (columns < self._tokens[:, None])[:, None], None
         if asked.window is None:
             lengths = self._tokens.int()
