@@ -16,10 +16,9 @@ from jobs.race import tokens_of
 from jobs.subject import Subject, load_subject
 from jobs.workload import Workload
 from pipeline.engine.choose import engine_of
-from pipeline.engine.kv import Shape, shape_of
+from pipeline.engine.kv import WIDTH_STEP, Shape, rounded, shape_of
 from pipeline.engine.memory import default_kv_budget_bytes, weights_bytes
 from pipeline.engine.request import Engine
-from pipeline.engine.room import WIDTH_STEP, rounded
 from schemas.ask import GenerateSpec
 from schemas.errors import JobError, SpecError
 from schemas.job import GenerateResources, ModelSpec

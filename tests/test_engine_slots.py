@@ -305,8 +305,8 @@ def leaking_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    def own_only(_: Any, prefix: Any, at_prefix: Any, own: Any, at_own: Any, **__: Any) -> Any:
-        return own.flat[0][at_own]
+    def own_only(kernels: Any, _: Any, at_prefix: Any, own: Any, at_own: Any, **__: Any) -> Any:
+        return kernels.taken(own, at_own)
 
     monkeypatch.setattr("pipeline.engine.kernels.Kernels.join", own_only)
 

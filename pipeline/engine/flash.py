@@ -62,4 +62,4 @@ class Flash:
             return_softmax_lse=True,
             **options,
         )
-        return Part(out.transpose(1, 2), lse)
+        return Part.of_lse(out.transpose(1, 2), lse)

@@ -33,17 +33,36 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
 
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Something, and of each query the highest score and the total of its weights relative to that."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """Attention over some of the keys. `out` [..., queries, dim], `lse` float32 [..., queries]."""
+    """Attention over some of the keys: `out` [..., queries, dim] over `total` [..., queries].
+
+    `highest` and `total` are float32. Who divides once, at the end, has less to divide than the
+    weights.
+    """
 
     out: torch.Tensor
-    lse: torch.Tensor
+    highest: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of_lse(cls, out: torch.Tensor, lse: torch.Tensor) -> "Part":
+        """Of what is divided already, and the logarithms of its totals."""
+        return cls(out, lse, torch.ones_like(lse))
 
     @property
-    def flat(self) -> Pair:
-        """[places, dim] and [places]"""
-        return self.out.reshape(-1, self.out.shape[-1]), self.lse.reshape(-1)
+    def attention(self) -> torch.Tensor:
+        return divided(self.out, self.total)
+
+    @property
+    def flat(self) -> Sums:
+        """[places, dim], [places] and [places]"""
+        out = self.out.reshape(-1, self.out.shape[-1])
+        return out, self.highest.reshape(-1), self.total.reshape(-1)
 
 
 class Kernels:
@@ -67,12 +86,13 @@ class Kernels:
         self.can_be_traced = self._has_cpu_flash and compiled
         """Whether steps are compiled with their attention, by `few`; that, too, only there."""
         self._few_queries = 0
-        self._few: Callable[..., Pair] = few
-        self._softmax: Callable[..., Pair] = softmax
+        self._few: Callable[..., Sums] = few
+        self._weigh: Callable[..., Sums] = weigh
+        self._taken: Callable[..., torch.Tensor] = taken
         self._join: Callable[..., torch.Tensor] = join
         if self.are_compiled:
-            self._few, self._softmax = compile_once(few), compile_once(softmax)
-            self._join = compile_once(join)
+            self._few, self._weigh = compile_once(few), compile_once(weigh)
+            self._taken, self._join = compile_once(taken), compile_once(join)
 
     def attend(
         self,
@@ -86,8 +106,8 @@ class Kernels:
         """[N, kv_heads, queries, dim] over keys and values [N, kv_heads, keys, dim].
 
         `bias`: [1 or N, 1, 1 or queries, keys], zero or minus infinity. `lengths` int32 [N]: that
-        all it says is how many first keys a sequence sees. Of a query that sees no key `lse` may be
-        anything, `out` is finite.
+        all it says is how many first keys a sequence sees. Of a query that sees no key all is
+        finite, and may be anything.
         """
         if self.flash is not None and lengths is not None:
             return self.flash.attend(query, keys, lengths, scale)
@@ -96,10 +116,15 @@ class Kernels:
         if self.are_compiled and sequences > 1 and columns > 1:
             if query.shape[2] == self._few_queries and bias.shape[:3] == (sequences, 1, 1):
                 return Part(*self._few(query, *keys, bias, scale))
-            return by_products(query, keys, bias, scale, weigh=self._softmax)
+            return by_products(query, keys, bias, scale, weigh=self._weigh)
         if self._has_cpu_flash:
             return _by_cpu_flash(query, keys, bias, scale)
         return by_products(query, keys, bias, scale)
+
+    def taken(self, part: Part, at: torch.Tensor) -> torch.Tensor:
+        """[queries, dim]: attention of a part that is all there is; `at` as in `join`."""
+        out, _, total = part.flat
+        return self._taken(out, total, at)
 
     def join(
         self, a: Part, at_a: torch.Tensor, b: Part, at_b: torch.Tensor, *, blind: torch.Tensor
@@ -124,27 +149,28 @@ class Kernels:
             for bias in ((sequences, 1, 1), (1, 1, query.shape[2])):
                 part = self.attend(query, keys, arena.new_zeros(*bias, columns), scale=dim**-0.5)
         places = torch.zeros(columns, dtype=torch.long)
-        other = Part(part.out[1:].clone(), part.lse[1:].clone())
+        other = Part(*(each[1:].clone() for each in (part.out, part.highest, part.total)))
+        self.taken(part, places)
         self.join(part, places, other, places.clone(), blind=places > 0)
 
 
 def _by_cpu_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor, scale: float) -> Part:
-    return Part(
+    return Part.of_lse(
         *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, *keys, attn_mask=bias, scale=scale
         )
     )
 
 
-def softmax(
-    scores: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights in the dtype of the scores [..., queries, keys], made in float32, and `lse`."""
+def weigh(scores: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Sums:
+    """Weights in the dtype of the scores [..., queries, keys], made in float32, and their sums."""
     exact = scores.float() * scale
     if bias is not None:
         exact = exact + bias
-    highest, weights, total = _weighed(exact)
-    return (weights / total).to(scores.dtype), (highest + total.log())[..., 0]
+    highest, weights = _weighed(exact)
+    # What is summed is what is multiplied. Torch's compiler then writes nothing else down.
+    weights = weights.to(scores.dtype)
+    return weights, highest[..., 0], weights.float().sum(-1)
 
 
 def by_products(
@@ -152,51 +178,65 @@ def by_products(
     keys: Pair,
     bias: torch.Tensor | None,
     scale: float,
-    weigh: Callable[..., Pair] = softmax,
+    weigh: Callable[..., Sums] = weigh,
 ) -> Part:
-    """`weigh`: `softmax`, or what torch compiles of it."""
-    weights, lse = weigh(torch.matmul(query, keys[0].transpose(-1, -2)), bias, scale)
-    return Part(torch.matmul(weights, keys[1]), lse)
+    """`weigh`: that of this module, or what torch compiles of it."""
+    weights, *sums = weigh(torch.matmul(query, keys[0].transpose(-1, -2)), bias, scale)
+    return Part(torch.matmul(weights, keys[1]), *sums)
+
+
+def divided(out: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    # Of nothing that is seen there is nothing to divide by.
+    return (out / total.clamp(min=TINY)[..., None]).to(out.dtype)
+
+
+def taken(out: torch.Tensor, total: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    return divided(out.index_select(0, at), total.index_select(0, at))
 
 
 def join(  # noqa: PLR0913 (two parts)
     a: torch.Tensor,
-    a_lse: torch.Tensor,
+    highest_a: torch.Tensor,
+    total_a: torch.Tensor,
     at_a: torch.Tensor,
     b: torch.Tensor,
-    b_lse: torch.Tensor,
+    highest_b: torch.Tensor,
+    total_b: torch.Tensor,
     at_b: torch.Tensor,
     blind: torch.Tensor,
 ) -> torch.Tensor:
-    """By the logarithms of their sums, as flash attention does between its blocks."""
+    """By their sums, as flash attention does between its blocks."""
     # Who sees nothing there may be given anybody's place, whose numbers need not be finite.
-    difference = a_lse.index_select(0, at_a) - b_lse.index_select(0, at_b)
-    share = difference.masked_fill(blind, float("-inf")).sigmoid()[:, None]
+    difference = highest_a.index_select(0, at_a) - highest_b.index_select(0, at_b)
+    difference = difference.masked_fill(blind, float("-inf"))
+    # Relative to the higher one.
+    share_a, share_b = difference.clamp(max=0).exp(), (-difference).clamp(max=0).exp()
     found_a = a.index_select(0, at_a).masked_fill(blind[:, None], 0)
-    found_b = b.index_select(0, at_b)
-    return torch.lerp(found_b.float(), found_a.float(), share).to(a.dtype)
+    sums_a = total_a.index_select(0, at_a).masked_fill(blind, 0)
+    found = found_a * share_a[:, None] + b.index_select(0, at_b) * share_b[:, None]
+    total = sums_a * share_a + total_b.index_select(0, at_b) * share_b
+    return (found / total[:, None]).to(a.dtype)
 
 
 def few(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` and `lse` of [N, kv_heads, queries, dim], in float32; `bias` [N, 1, 1, keys].
+) -> Sums:
+    """A Part's of [N, kv_heads, queries, dim]; `bias` [N, 1, 1, keys].
 
     A query after the other, which torch's compiler makes the faster code of.
     """
-    outs, sums = [], []
+    found = []
     for n in range(query.shape[2]):
         exact = (query[:, :, n, None].float() * key.float()).sum(-1) * scale + bias[:, :, 0]
-        highest, weights, total = _weighed(exact)
-        out = (weights[..., None] * value.float()).sum(-2) / total
-        outs.append(out.to(query.dtype))
-        sums.append((highest + total.log())[..., 0])
-    return torch.stack(outs, 2), torch.stack(sums, 2)
+        highest, weights = _weighed(exact)
+        out = (weights[..., None] * value.float()).sum(-2)
+        found.append((out.to(query.dtype), highest[..., 0], weights.sum(-1)))
+    outs, highests, totals = zip(*found, strict=True)
+    return torch.stack(outs, 2), torch.stack(highests, 2), torch.stack(totals, 2)
 
 
-def _weighed(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The highest score of each query, the weights to that, and their sum."""
-    # Where all keys are hidden, there is nothing to subtract, and nothing to divide by.
+def _weighed(exact: torch.Tensor) -> Pair:
+    """The highest score of each query, and the weights relative to that."""
+    # Where all keys are hidden, there is nothing to subtract.
     highest = exact.amax(-1, keepdim=True).clamp(min=LOWEST)
-    weights = (exact - highest).exp()
-    return highest, weights, weights.sum(-1, keepdim=True).clamp(min=TINY)
+    return highest, (exact - highest).exp()

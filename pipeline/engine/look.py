@@ -165,7 +165,7 @@ def _products(  # noqa: PLR0913 (transformers' interface)
     """From [images, heads, patches, dim] to [images, patches, heads, dim]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     part = by_products(query, (key, value), attention_mask, scale)
-    return part.out.transpose(1, 2).contiguous(), None
+    return part.attention.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(PRODUCTS, _products)

@@ -168,12 +168,12 @@ class _Causal:
     def attend(self, asked: Asked) -> torch.Tensor:
         """[tokens, heads, dim], where they see nothing else."""
         if asked.kernels.are_compiled or asked.kernels.flash is not None:
-            found, places = self.attend_part(asked)
-            flat = found.flat[0]
+            flat = asked.kernels.taken(*self.attend_part(asked))
         else:
             query, keys, places = self._by_heads(asked)
-            flat = attend_causally(asked, query, *keys).reshape(-1, query.shape[-1])
-        return flat.index_select(0, places).view(-1, *asked.query.shape[::2])
+            found = attend_causally(asked, query, *keys).reshape(-1, query.shape[-1])
+            flat = found.index_select(0, places)
+        return flat.view(-1, *asked.query.shape[::2])
 
     def attend_part(self, asked: Asked) -> Placed:
         if asked.kernels.flash is None:
@@ -204,7 +204,8 @@ class _Causal:
         ]
         if len(parts) == 1:
             return parts[0]
-        return Part(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+        sums = zip(*((part.out, part.highest, part.total) for part in parts), strict=True)
+        return Part(*(torch.cat(each, 2) for each in sums))
 
     def _block(self, start: int, stop: int) -> "_Block":
         columns = min(rounded(stop), self._stretches.width)
@@ -286,9 +287,8 @@ def _flat(parts: Sequence[Placed]) -> Placed:
     for part, at in parts:
         flat.append(part.flat)
         places.append(at + start)
-        start += part.lse.numel()
-    outs, sums = zip(*flat, strict=True)
-    return Part(torch.cat(outs), torch.cat(sums)), torch.cat(places)
+        start += part.total.numel()
+    return Part(*map(torch.cat, zip(*flat, strict=True))), torch.cat(places)
 
 
 def _selector(places: Sequence[int], device: torch.device) -> slice | torch.Tensor:

@@ -57,7 +57,7 @@ class Decode:
         bias, lengths = self._biases[asked.window], None if asked.window else self._lengths
         own = asked.kernels.attend(query, (keys, values), bias, scale=asked.scale, lengths=lengths)
         if self._shared is None:
-            return own.out.reshape(rows, heads, dim)
+            return own.attention.reshape(rows, heads, dim)
         at_own = torch.arange(rows * heads, device=query.device)
         return self._shared.joined(asked, own, at_own).view(rows, heads, dim)
 
