@@ -79,6 +79,22 @@ def test_a_query_that_sees_nothing_gets_numbers(compiled: Kernels, queries: int)
     assert part.attention.isfinite().all()
 
 
+@pytest.mark.parametrize("keys", [4, 4000])
+@torch.inference_mode()
+def test_float16_is_large_enough_for_many_large_values(keys: int) -> None:
+    """A sum of 4,000 of these would be infinite."""
+    kernels = Kernels(torch.device("cpu"), torch.float16, eager=True)
+    query = torch.zeros(1, KV_HEADS, GROUP, DIM, dtype=torch.float16)
+    pair = query.new_zeros(1, KV_HEADS, keys, DIM), query.new_full((1, KV_HEADS, keys, DIM), 60)
+    part = kernels.attend(query, pair, query.new_zeros(1, 1, 1, keys), scale=SCALE)
+    places = torch.arange(KV_HEADS * GROUP)
+    alone = kernels.taken(part, places)
+    torch.testing.assert_close(alone, torch.full_like(alone, 60))
+    torch.testing.assert_close(
+        kernels.join(part, places, part, places, blind=places < 0), torch.full_like(alone, 60)
+    )
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_an_engine_compiles_nothing_once_it_is_there() -> None:
     subject = load_subject(ModelSpec(path=str(shared_checkpoint()), dtype="bfloat16"))

@@ -31,8 +31,6 @@ does not take one for the other."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
-
-
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Something, and of each query the highest score and the total of its weights relative to that."""
 
@@ -41,8 +39,7 @@ Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Part:
     """Attention over some of the keys: `out` [..., queries, dim] over `total` [..., queries].
 
-    `highest` and `total` are float32. Who divides once, at the end, has less to divide than the
-    weights.
+    `highest` and `total` are float32. Dividing at the end, there is less to divide than weights.
     """
 
     out: torch.Tensor
@@ -51,7 +48,7 @@ class Part:
 
     @classmethod
     def of_lse(cls, out: torch.Tensor, lse: torch.Tensor) -> "Part":
-        """Of what is divided already, and the logarithms of its totals."""
+        """Of what is divided already, and logarithms of what by."""
         return cls(out, lse, torch.ones_like(lse))
 
     @property
@@ -163,14 +160,18 @@ def _by_cpu_flash(query: torch.Tensor, keys: Pair, bias: torch.Tensor, scale: fl
 
 
 def weigh(scores: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Sums:
-    """Weights in the dtype of the scores [..., queries, keys], made in float32, and their sums."""
+    """Weights in the dtype of the scores [..., queries, keys], made in float32."""
     exact = scores.float() * scale
     if bias is not None:
         exact = exact + bias
     highest, weights = _weighed(exact)
-    # What is summed is what is multiplied. Torch's compiler then writes nothing else down.
+    if scores.dtype == torch.float16:
+        # Undivided, what is made of many values may be too large for it.
+        lse, total = _logged(highest, weights)
+        return (weights / total[..., None]).to(scores.dtype), lse, torch.ones_like(lse)
+    # Nothing else is written down by torch's compiler, as what is summed is what is multiplied.
     weights = weights.to(scores.dtype)
-    return weights, highest[..., 0], weights.float().sum(-1)
+    return weights, highest[..., 0], weights.sum(-1, dtype=torch.float32)
 
 
 def by_products(
@@ -186,7 +187,6 @@ def by_products(
 
 
 def divided(out: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    # Of nothing that is seen there is nothing to divide by.
     return (out / total.clamp(min=TINY)[..., None]).to(out.dtype)
 
 
@@ -221,18 +221,20 @@ def join(  # noqa: PLR0913 (two parts)
 def few(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> Sums:
-    """A Part's of [N, kv_heads, queries, dim]; `bias` [N, 1, 1, keys].
+    """A Part of [N, kv_heads, queries, dim], divided already, in float32; `bias` [N, 1, 1, keys].
 
     A query after the other, which torch's compiler makes the faster code of.
     """
-    found = []
+    outs, sums = [], []
     for n in range(query.shape[2]):
         exact = (query[:, :, n, None].float() * key.float()).sum(-1) * scale + bias[:, :, 0]
         highest, weights = _weighed(exact)
-        out = (weights[..., None] * value.float()).sum(-2)
-        found.append((out.to(query.dtype), highest[..., 0], weights.sum(-1)))
-    outs, highests, totals = zip(*found, strict=True)
-    return torch.stack(outs, 2), torch.stack(highests, 2), torch.stack(totals, 2)
+        lse, total = _logged(highest, weights)
+        out = (weights[..., None] * value.float()).sum(-2) / total[..., None]
+        outs.append(out.to(query.dtype))
+        sums.append(lse)
+    lse = torch.stack(sums, 2)
+    return torch.stack(outs, 2), lse, torch.ones_like(lse)
 
 
 def _weighed(exact: torch.Tensor) -> Pair:
@@ -240,3 +242,10 @@ def _weighed(exact: torch.Tensor) -> Pair:
     # Where all keys are hidden, there is nothing to subtract.
     highest = exact.amax(-1, keepdim=True).clamp(min=LOWEST)
     return highest, (exact - highest).exp()
+
+
+def _logged(highest: torch.Tensor, weights: torch.Tensor) -> Pair:
+    """The logarithm of a query's sum, and its weights' total."""
+    # Of nothing that is seen there is nothing to divide by.
+    total = weights.sum(-1).clamp(min=TINY)
+    return highest[..., 0] + total.log(), total
