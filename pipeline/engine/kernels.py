@@ -32,7 +32,8 @@ does not take one for the other."""
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Something, and of each query the highest score and the total of its weights relative to that."""
+"""Weights or what they make, and of each query the highest score and the total of its weights
+relative to that."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,9 @@ def join(  # noqa: PLR0913 (two parts)
 def few(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> Sums:
-    """A Part of [N, kv_heads, queries, dim], divided already, in float32; `bias` [N, 1, 1, keys].
+    """A Part of [N, kv_heads, queries, dim], made in float32 and divided already.
+
+    `bias` [N, 1, 1, keys].
 
     A query after the other, which torch's compiler makes the faster code of.
     """
@@ -237,14 +240,14 @@ def few(
     return torch.stack(outs, 2), lse, torch.ones_like(lse)
 
 
-def _weighed(exact: torch.Tensor) -> Pair:
+def _weighed(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest score of each query, and the weights relative to that."""
     # Where all keys are hidden, there is nothing to subtract.
     highest = exact.amax(-1, keepdim=True).clamp(min=LOWEST)
     return highest, (exact - highest).exp()
 
 
-def _logged(highest: torch.Tensor, weights: torch.Tensor) -> Pair:
+def _logged(highest: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The logarithm of a query's sum, and its weights' total."""
     # Of nothing that is seen there is nothing to divide by.
     total = weights.sum(-1).clamp(min=TINY)
