@@ -26,6 +26,7 @@ import ray.data
 
 from pipeline.batches import batches_of, packed, unpacked
 from pipeline.encode import Encode
+from pipeline.engine.load import import_libraries
 from pipeline.footer import Fingerprint
 from pipeline.gate import Gate
 from pipeline.gather import Gathered
@@ -241,6 +242,7 @@ class Stage:
         self._name, self._gate, self._nothing = name, gate, nothing
         self._error: LavaflowError | None = None
         gate.arrive(name)
+        import_libraries()
         try:
             self._call = build()
         except LavaflowError as error:

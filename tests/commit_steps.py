@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -283,6 +284,11 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def complete(spec: OutputSpec, *, log: Path) -> None:
+    """The first night, from its beginning to its end."""
+    assert ended(forked(lambda: run(spec, FIRST, answered_log=log))) == 0
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One interrupted run at a time, and the run after it."""
@@ -291,6 +297,18 @@ class Attempt:
     is_after: bool
     is_sleep: bool
     log: Path
+    origin: Path | None = None
+    """What the first night has left on this machine; without it, each attempt begins with one."""
+
+    def begin(self, spec: OutputSpec) -> None:
+        """Bring the output to where the night finds it."""
+        if self.night is FIRST:
+            return
+        first = origin_of(spec) if self.night is FORK else spec
+        if self.origin:
+            shutil.copytree(self.origin, first.path)
+        else:
+            complete(first, log=self.log)
 
     def at(self, number: int, spec: OutputSpec) -> bool:
         """Interrupt at this step; False where there is no such step any more."""
@@ -317,10 +335,7 @@ class Attempt:
             run(spec, self.night, answered_log=self.log)
             check_table(output(), self.night, has_all=True, is_tidy=True)
 
-        if self.night is not FIRST:
-            first_spec = origin_of(spec) if self.night is FORK else spec
-            before = functools.partial(run, first_spec, FIRST, answered_log=self.log)
-            assert ended(forked(before)) == 0
+        self.begin(spec)
         self.log.write_text("")
         pid = forked(first)
         if self.is_sleep:
@@ -348,8 +363,12 @@ def main() -> None:
     is_sleep = args.act == "sleep"
     night = NIGHTS[args.night]
     attempts, most_again = 0, 0
+    origin = None
+    if "://" not in args.path and night is not FIRST:
+        origin = Path(args.path, "origin")
+        complete(OutputSpec(path=str(origin), rows_per_file=ROWS_PER_FILE), log=args.log)
     for is_after in (False, True):
-        attempt = Attempt(night, is_after, is_sleep, args.log)
+        attempt = Attempt(night, is_after, is_sleep, args.log, origin)
         for number in itertools.count(1, args.every):
             spec = OutputSpec(
                 path=f"{args.path}/{'after' if is_after else 'before'}-{number}",

@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole jobs first: they take longest."""
     order = {name: number for number, name in enumerate((*IN_ONE_PROCESS, *BESIDE))}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays: it is not looked through for garbage any more."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -201,6 +201,16 @@ def test_checking_imports_neither_torch_nor_transformers():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_a_worker_imports_is_never_looked_through_for_garbage():
+    code = (
+        "import gc; from pipeline.engine.load import import_libraries; "
+        "before, _ = len(gc.get_objects()), import_libraries(); looked_through = gc.get_objects(); "
+        "assert gc.isenabled(); assert gc.get_freeze_count() > 5 * before > 0; "
+        "assert len(looked_through) < before / 5, len(looked_through)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("path", "dtype", "name"),
     [

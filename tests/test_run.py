@@ -340,7 +340,7 @@ class TestOnTwoCores:
         assert verify(whole).ok
 
     def test_a_run_that_can_no_longer_be_good_enough_ends_early(self, tmp_path: Path) -> None:
-        images, questions = 600, 20
+        images, questions = 150, 80
         (tmp_path / "in").mkdir()
         for number in range(images):
             (tmp_path / f"in/{number:03}.png").write_bytes(b"no image")
