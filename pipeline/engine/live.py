@@ -10,7 +10,7 @@ one that is over takes its row, and what it has of its keys. Knows the arenas, n
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,6 +164,9 @@ class Live:
     """The jobs in slots and the rows at work. `tokens`: [rows] the latest token of each.
 
     `continuing`: those of the rows that have taken one over, and are to be read next.
+    `missed_rounds`: what those that wait would have gained by now in other room. `is_closing`:
+    nothing more is taken from the queue, so that there can be (`room.py`). `is_largest`: the device
+    has no memory for more.
     """
 
     prefixes: KVArena
@@ -172,6 +175,9 @@ class Live:
     jobs: list[Job] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     continuing: deque[Row] = field(default_factory=deque)
+    missed_rounds: float = 0.0
+    is_closing: bool = False
+    is_largest: bool = False
 
     @classmethod
     def empty(cls, shape: Shape, size: Size) -> "Live":
@@ -207,6 +213,19 @@ class Live:
     def fits_whole(self, job: Job) -> bool:
         """Whether it needs no slot."""
         return job.whole_tokens is not None and job.whole_tokens <= self.branches.width
+
+    def places_for(self, jobs: Iterable[Job]) -> int:
+        """How many rows of the first ones could be at work at once, if nothing else were."""
+        slots, rows = self.prefixes.capacity, 0
+        for job in jobs:
+            if not self.fits_whole(job):
+                if not slots or not self.fits(job):
+                    break
+                slots -= 1
+            rows += len(job.waiting)
+            if rows >= self.branches.capacity:
+                return self.branches.capacity
+        return rows
 
     def holds(self, row: Row) -> bool:
         """Whether rows are wide enough for one that needs a slot."""

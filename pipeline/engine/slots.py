@@ -207,6 +207,8 @@ class SlotsEngine:
                 self._settling.settle_waiting(job, error)
             return []
         self._put_back_too_long(live)
+        if live.is_closing:
+            waiting = []
         picking = Picking(live, most_tokens=self._tokens_of_a_pass(live, waiting))
         for job in [*live.jobs, *waiting]:
             if not picking.take(job):
