@@ -2,15 +2,27 @@
 is none left."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 CUDA_SHARE = 0.8
 """Of what is free once the weights are there; the rest is for activations."""
 CPU_SHARE = 0.25
 """Of the machine's memory."""
+
+EXHAUSTED = re.compile(
+    "can't allocate memory|could not (create|execute) a primitive$|std::bad_alloc"
+    "|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUDA error: out of memory"
+)
+"""How those that have no exception of their own for it say that memory has run out: torch's
+allocator for CPUs, oneDNN, C++, cuBLAS, cuDNN, the driver."""
 
 
 def default_kv_budget_bytes(device: torch.device) -> int:
@@ -48,9 +60,36 @@ def available_bytes(device: torch.device) -> int:
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's CPU allocator has no exception class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@dataclass(frozen=True)
+class Shortage:
+    """Memory has run out. `said`: by whom, and how."""
+
+    said: str
+
+
+def within_memory(run: Callable[[], T], device: torch.device) -> T | Shortage:
+    """What it gives, or that memory has run out; its tensors are freed then.
+
+    Raises whatever else it raises.
+    """
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"{type(error).__name__}: {_first_line(error)}"
+    release_cached(device)
+    return Shortage(said)
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return bool(EXHAUSTED.search(_first_line(error)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def release_cached(device: torch.device) -> None:
@@ -59,8 +98,9 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def does_not_fit(device: torch.device) -> str:
+def does_not_fit(what: str, device: torch.device, shortage: Shortage) -> str:
     return (
-        f"the row alone does not fit the memory of {device}: lower max_new_tokens, or use "
-        "model.dtype bfloat16 or a larger device"
+        f"{what} does not fit the memory of {device}, even alone ({shortage.said}; "
+        f"{available_bytes(device):,} bytes are free): lower max_new_tokens, or use model.dtype "
+        "bfloat16 or a larger device"
     )

@@ -7,11 +7,17 @@ What is at work moves into larger room where the budget allows both for a moment
 finished first.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from pipeline.engine.kv import WIDTH_STEP, Shape, rounded
 from pipeline.engine.live import Job, Live, Row, Size
-from pipeline.engine.memory import default_kv_budget_bytes, is_out_of_memory, release_cached
+from pipeline.engine.memory import (
+    Shortage,
+    default_kv_budget_bytes,
+    release_cached,
+    within_memory,
+)
 
 MOST_ROWS = 1024
 """Of one step; more gain nothing."""
@@ -34,10 +40,10 @@ class Room:
         """How wide its row can be."""
         return self._tokens // WIDTH_STEP * WIDTH_STEP - rounded(row.job.prefix_tokens)
 
-    def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
-        """Room for what is at work and what waits, as much as there may be.
+    def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | Shortage | None:
+        """Room for what is at work and what waits, as much as there may be; null where nothing is.
 
-        Each row fits the budget alone. Null where the device has no room for a single row.
+        Each row fits the budget alone. A Shortage where the device has no room for a single one.
         """
         grown = [job for job in live.jobs if job.grows and job.waiting] if live else []
         if not waiting and not grown:
@@ -84,24 +90,15 @@ class Room:
     def _larger(self, live: Live, size: Size) -> Live:
         if live.size.tokens + size.tokens > self._tokens:
             return live
-        try:
-            return live.resized(self._shape, size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        release_cached(self._shape.device)
-        return live
+        larger = within_memory(lambda: live.resized(self._shape, size), self._shape.device)
+        return live if isinstance(larger, Shortage) else larger
 
-    def _new(self, size: Size) -> Live | None:
+    def _new(self, size: Size) -> Live | Shortage:
         while True:
-            try:
-                return Live.empty(self._shape, size)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            release_cached(self._shape.device)
-            if size.slots <= 1 and size.rows == 1:
-                return None
+            empty = functools.partial(Live.empty, self._shape, size)
+            new = within_memory(empty, self._shape.device)
+            if isinstance(new, Live) or (size.slots <= 1 and size.rows == 1):
+                return new
             size = Size((size.slots + 1) // 2, (size.rows + 1) // 2, size.widths)
 
 
