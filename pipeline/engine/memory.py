@@ -15,7 +15,12 @@ T = TypeVar("T")
 CUDA_SHARE = 0.8
 """Of what is free once the weights are there; the rest is for activations."""
 CPU_SHARE = 0.25
-"""Of the machine's memory."""
+"""Of the machine's memory, or the container's."""
+
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+"""Control groups, by which containers and schedulers limit memory: https://docs.kernel.org/
+admin-guide/cgroup-v2.html and cgroup-v1/memory.html."""
 
 EXHAUSTED = re.compile(
     "can't allocate memory|could not (create|execute) a primitive$|std::bad_alloc"
@@ -29,7 +34,25 @@ def default_kv_budget_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min([machine, *_limits_of_groups()]) * CPU_SHARE)
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """Bytes that the groups which this process is in may take."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A container may see its own group as the root, under the name that the host has for it.
+        group = Path(path.lstrip("/"))
+        files = (root / each / name for each in (group, *group.parents))
+        told = (file.read_text().strip() for file in files if file.is_file())
+        yield from (int(limit) for limit in told if limit.isdigit())
 
 
 def weights_bytes(model: torch.nn.Module) -> int:
