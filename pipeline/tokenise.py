@@ -157,7 +157,13 @@ class Tokeniser:
         token = self._processor.image_token
         first, *others = prompt.split(token)
         expanded = (token * n + text for n, text in zip(places, others, strict=True))
-        return self._tokenised(first + "".join(expanded))
+        ids = self._tokenised(first + "".join(expanded))
+        if ids[-1:] == [self._processor.image_token_id]:
+            raise TemplateFailed(
+                f"the chat template ends the prompt with {token}, and nothing says where the "
+                "answer begins: use a template that ends with the assistant's turn"
+            )
+        return ids
 
     def _tokenised(self, text: str) -> list[int]:
         tokenizer = self._processor.tokenizer

@@ -318,7 +318,8 @@ class GenerateResources(Spec):
         None,
         gt=0,
         description="Bytes that keys and values of prompts in work may take, on each actor; null: "
-        "four fifths of the GPU's memory that the model leaves, a quarter of a CPU machine's.",
+        "four fifths of the GPU's memory that the model leaves; on a CPU a quarter of the "
+        "machine's, or of its container's.",
     )
 
 

@@ -1,7 +1,6 @@
-"""An engine in a process of its own whose memory is measured or limited; prints one JSON object.
+"""An engine in a process of its own whose memory is limited; prints one JSON object.
 
-    python -m tests.scarce peak ROWS     what the process has taken at most, after so many images
-    python -m tests.scarce limited       answers where allocations of some size fail
+    python -m tests.scarce limited    answers where allocations of some size fail
 
 Linux only: reads /proc, and limits the address space as `ulimit -v` does.
 """
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.engine.memory import weights_bytes
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.request import Answer, Branch, ImagePixels, Outcome, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
@@ -68,22 +66,6 @@ def in_status(key: str) -> int:
     return int(told[1]) * 1024
 
 
-def peak(rows: int) -> dict[str, int]:
-    asked = engine()
-    asked.submit(requests(1))
-    before = in_status("VmRSS")
-    # In calls, as batches come.
-    waiting = requests(rows)
-    for start in range(0, rows, 100):
-        told(asked.submit(waiting[start : start + 100]))
-    return {
-        "weights_bytes": weights_bytes(asked._looker._model),
-        "budget_bytes": BUDGET_BYTES,
-        "before_bytes": before,
-        "peak_bytes": in_status("VmHWM"),
-    }
-
-
 def told(answered: Sequence[Sequence[Outcome]]) -> list[list[int]]:
     outcomes = [outcome for outcomes in answered for outcome in outcomes]
     assert all(isinstance(outcome, Answer) for outcome in outcomes)
@@ -106,8 +88,5 @@ def limited() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["peak", rows]:
-            sys.stdout.write(json.dumps(peak(int(rows))) + "\n")
-        case ["limited"]:
-            sys.stdout.write(json.dumps(limited()) + "\n")
+    if sys.argv[1:] == ["limited"]:
+        sys.stdout.write(json.dumps(limited()) + "\n")

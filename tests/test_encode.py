@@ -424,6 +424,7 @@ def test_a_choice_that_does_not_fit_behind_its_prompt_fails():
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content[0].url.host }}", "UndefinedError"),
         ("USER: {{ messages[-1].content[-1].text }} ASSISTANT:", "<image> 0 times"),
+        ("USER: {{ messages[-1].content[-1].text }} <image>", "ends the prompt with <image>"),
     ],
 )
 def test_a_template_that_fails_is_a_failed_row(tmp_path, template, message):

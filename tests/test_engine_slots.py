@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from transformers import MistralConfig, Qwen2Config
 
 from pipeline.engine import live, look, prefill, slots, step, stepper
 from pipeline.engine.attention import Asked
-from pipeline.engine.kv import KVArena, shape_of
+from pipeline.engine.kv import KVArena, rounded, shape_of
+from pipeline.engine.live import Live
+from pipeline.engine.memory import is_out_of_memory
 from pipeline.engine.picking import Picking
 from pipeline.engine.pixels import pixel_table
 from pipeline.engine.replays import Replays, Run
@@ -372,7 +375,8 @@ def test_calls_from_several_threads_mix_and_get_their_own_answers(llama: Known) 
 
 
 class Scarce:
-    """Memory of a device that holds so many tokens of one pass, or images of one look."""
+    """Memory of a device that holds so many tokens of one pass, or images of one look. It runs out
+    at the end, when keys and values have been written."""
 
     def __init__(self, engine: SlotsEngine, *, tokens: int, images: int, error: Exception) -> None:
         self._engine, self._tokens, self._images, self._error = engine, tokens, images, error
@@ -381,10 +385,11 @@ class Scarce:
         run, looked = engine._language.run, engine._looker._looked
 
         def scarce_run(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            hidden = run(what, embeds, positions)
             if len(embeds) > self._tokens:
                 raise self._error
             self.most_tokens = max(self.most_tokens, len(embeds))
-            return run(what, embeds, positions)
+            return hidden
 
         def scarce_look(images: Sequence[Any]) -> Any:
             if len(images) > self._images:
@@ -399,7 +404,26 @@ class Scarce:
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError("std::bad_alloc"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        *((error, True) for error in OUT_OF_MEMORY),
+        (MemoryError(), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied\nout of memory"), False),
+    ],
+)
+def test_that_memory_has_run_out_is_known_by_who_says_so(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) is is_it
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -410,21 +434,6 @@ def test_what_does_not_fit_is_halved_and_answers_stay_the_same(
     scarce = Scarce(engine, tokens=70, images=1, error=error)
     llama.check(engine, groups_of([12, 1, 3, 2], random.Random(0)))
     assert scarce.most_tokens <= 70
-
-
-def test_a_row_that_does_not_fit_alone_fails_and_its_siblings_do_not(llama: Known) -> None:
-    engine = llama.engine()
-    [request] = llama.requests(groups_of([12], random.Random(0)))
-    prefix = len(request.prefix.token_ids)
-    lengths = [prefix + len(branch.token_ids) for branch in request.branches]
-    room = sorted(lengths)[7]
-    Scarce(engine, tokens=room, images=1, error=OUT_OF_MEMORY[0])
-    [outcomes] = engine.submit([request])
-    # A question that comes to a prefix which is there needs less.
-    for length, outcome in zip(lengths, outcomes, strict=True):
-        fits = length <= room or length - prefix <= room
-        assert isinstance(outcome, Answer if fits else DeviceOutOfMemory)
-    llama.check(engine, groups_of([1], random.Random(1)))
 
 
 @pytest.mark.parametrize("place", [0, 3, 12])
@@ -440,7 +449,10 @@ def test_nothing_is_left_of_a_request_whose_row_does_not_fit(
     alone = [llama.engine().submit([Request(prefix, [each])])[0] for each in branches]
     branches.insert(place, Branch([5] * 71, 2))
     [outcomes] = engine.submit([Request(prefix, branches)])
-    assert isinstance(outcomes.pop(place), DeviceOutOfMemory)
+    refused = outcomes.pop(place)
+    assert isinstance(refused, DeviceOutOfMemory)
+    told = r"the row, with \d+ tokens until now, does not .*: CUDA out of memory; \d[\d,]+ bytes"
+    assert re.match(told, str(refused))
     for answer, [known] in zip(outcomes, alone, strict=True):
         assert isinstance(answer, Answer)
         assert isinstance(known, Answer)
@@ -493,6 +505,47 @@ def test_an_image_that_does_not_fit_fails_all_its_questions(llama: Known) -> Non
     Scarce(engine, tokens=10_000, images=0, error=OUT_OF_MEMORY[1])
     outcomes = engine.submit(llama.requests(groups_of([3, 1], random.Random(0))))
     assert {type(o) for o in itertools.chain(*outcomes)} == {DeviceOutOfMemory}
+    assert "the image, 32 x 32 x 3 for the vision tower, does not fit" in str(outcomes[0][0])
+
+
+def test_nothing_is_kept_of_a_request_for_which_there_is_no_room(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has less than the budget says."""
+    engine, requests = llama.engine(), llama.requests([[0, 4], [1]])
+
+    def scarce(*_: object) -> Live:
+        raise OUT_OF_MEMORY[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Live, "empty", scarce)
+        outcomes = engine.submit(requests)
+    assert {type(o) for o in itertools.chain(*outcomes)} == {DeviceOutOfMemory}
+    assert "bytes of keys and values, does not fit the memory of cpu" in str(outcomes[0][0])
+    llama.check(engine, [[0, 4], [1]])
+    assert not engine._looker._seen
+    assert not engine._looker._wanted
+
+
+def test_an_image_that_is_wanted_while_another_caller_lets_it_go_stays_wanted(
+    llama: Known,
+) -> None:
+    looker, prefix = llama.engine()._looker, llama.requests([[0]])[0].prefix
+    wanting = threading.Thread(target=looker.want, args=(prefix,))
+
+    class Slow(Counter[str]):
+        """Deletes when somebody else has had the time to want."""
+
+        def __delitem__(self, key: str) -> None:
+            wanting.start()
+            wanting.join(0.2)
+            super().__delitem__(key)
+
+    looker._wanted = Slow()
+    looker.want(prefix)
+    looker.let_go(prefix)
+    wanting.join()
+    assert list(looker._wanted.values()) == [1]
 
 
 def test_an_error_that_is_not_about_memory_reaches_every_caller(llama: Known) -> None:
@@ -620,6 +673,42 @@ def test_a_prefix_that_is_not_finite_fails_its_own_questions_only(llama: Known) 
         assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
         for i, answer in zip([0, 4], outcomes[1], strict=True):
             check(answer, llama.expected[i])
+
+
+def in_room_for(llama: Known, requests: Sequence[Request], *, slots: int, rows: int) -> SlotsEngine:
+    """As wide as they need; token 250 is poison."""
+    engine = poisoned(llama, 250)
+    prefix = max(rounded(len(request.prefix.token_ids)) for request in requests)
+    branches = [branch for request in requests for branch in request.branches]
+    branch = max(rounded(len(each.token_ids) + each.max_new_tokens - 1) for each in branches)
+    engine._room._tokens = slots * prefix + rows * branch
+    return engine
+
+
+def test_a_prefix_that_is_not_finite_leaves_nothing_where_its_job_is_moved_from(
+    llama: Known,
+) -> None:
+    """It moves, since more of its questions wait; a shorter one takes the place that it leaves."""
+    first, bad, last = llama.requests([[0], [1, 5, 9, 13, 17, 21], [2, 6]])
+    first = Request(first.prefix, [Branch(first.branches[0].token_ids, 1)])
+    bad = Request(Prefix([250] * 40 + [*bad.prefix.token_ids], bad.prefix.images), bad.branches)
+    engine = in_room_for(llama, [first, bad, last], slots=2, rows=6)
+    _, lost, fine = engine.submit([first, bad, last])
+    assert {type(outcome) for outcome in lost} == {NonFiniteLogits}
+    for i, answer in zip([2, 6], fine, strict=True):
+        check(answer, llama.expected[i])
+
+
+def test_what_is_not_finite_and_does_not_fit_leaves_nothing_in_its_place(llama: Known) -> None:
+    """Memory runs out when its keys have been written; a shorter one takes the place."""
+    first, bad, last = llama.requests([[0], [1], [2, 6]])
+    bad = Request(Prefix([250] * 60 + [*bad.prefix.token_ids], bad.prefix.images), bad.branches * 2)
+    engine = in_room_for(llama, [first, bad, last], slots=3, rows=5)
+    Scarce(engine, tokens=85, images=4, error=OUT_OF_MEMORY[0])
+    [known], lost, fine = engine.submit([first, bad, last])
+    assert {type(outcome) for outcome in lost} == {DeviceOutOfMemory}
+    for i, answer in zip([0, 2, 6], [known, *fine], strict=True):
+        check(answer, llama.expected[i])
 
 
 def test_a_prefix_that_is_not_finite_leaves_those_alone_that_need_no_slot(llama: Known) -> None:

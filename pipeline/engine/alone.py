@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
-from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.memory import Shortage, does_not_fit, within_memory
 from pipeline.engine.placement import home_of
 from pipeline.engine.request import Branch, Outcome, Prefix, Request, Score
 from pipeline.engine.said import Said, not_finite, take
@@ -59,16 +59,16 @@ class AloneEngine:
         return outcomes
 
     def _outcome(self, prefix: Prefix, branch: Branch) -> Outcome:
+        device = self._model.device
         try:
-            return self._answered(prefix, branch)
+            found = within_memory(lambda: self._answered(prefix, branch), device)
         except ValueError as error:
             # How models say that image tokens and features are not as many.
             return TokenFeatureMismatch(f"the model does not take the prompt: {error}")
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        release_cached(self._model.device)
-        return DeviceOutOfMemory(does_not_fit(self._model.device))
+        if isinstance(found, Shortage):
+            what = f"the row, with {len(prefix.token_ids) + len(branch.token_ids)} tokens,"
+            return DeviceOutOfMemory(does_not_fit(what, device, found))
+        return found
 
     def _answered(self, prefix: Prefix, branch: Branch) -> Outcome:
         prompt = [*prefix.token_ids, *branch.token_ids]

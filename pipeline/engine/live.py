@@ -37,7 +37,8 @@ class Job:
         self.whole_tokens: int | None = None
         """Of prefix, question and answer, where there is one branch only, and none follows."""
         self.live = 0
-        self.is_poisoned = False
+        self.may_be_poisoned = False
+        """Whether what is kept of it may hold numbers that are not finite."""
         self._left = len(request.branches)
         if len(request.branches) == 1 and not self.grows:
             self.whole_tokens = self.prefix_tokens + self.waiting[0].most_tokens
@@ -249,14 +250,17 @@ class Live:
         row.job.live += 1
 
     def put_back(self, job: Job, rows: Sequence[Row], *, with_prefix: bool) -> None:
-        """Undo the latest `take_in`."""
+        """Undo the latest `take_in`. What has been written since may be anything."""
+        job.may_be_poisoned = True
         for row in reversed([row for row in rows if row.kept is None]):
             assert self.rows.pop() is row
+            self.branches.clear(row.index)
             row.index = NOWHERE
             row.is_whole = False
             job.live -= 1
         if with_prefix and job.slot != NOWHERE:
             assert self.jobs.pop() is job
+            self.prefixes.clear(job.slot)
             job.slot = NOWHERE
 
     def go_on(self, row: Row, over: Row) -> bool:
@@ -287,7 +291,7 @@ class Live:
     def remove(self, row: Row) -> None:
         """Take a row out, and its job with the last one."""
         place, last = row.index, self.rows.pop()
-        if row.job.is_poisoned:
+        if row.job.may_be_poisoned:
             self.branches.clear(place)
         if last is not row:
             self.branches.move(last.index, place, tokens=last.own_tokens)
@@ -306,10 +310,12 @@ class Live:
     def remove_job(self, job: Job) -> None:
         """Take out a job that has no rows."""
         place, last = job.slot, self.jobs.pop()
-        if job.is_poisoned:
+        if job.may_be_poisoned:
             self.prefixes.clear(place)
         if last is not job:
             self.prefixes.move(last.slot, place, tokens=last.prefix_tokens)
+            if last.may_be_poisoned:
+                self.prefixes.clear(last.slot)
             self.jobs[place] = last
             last.slot = place
         job.slot = NOWHERE

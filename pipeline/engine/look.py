@@ -1,6 +1,7 @@
 """What a model sees in images: each distinct one is looked at once while anybody waits for it."""
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers.masking_utils import eager_mask
 from pipeline.engine.compiling import attention_pays_on, compile_once, compiling
 from pipeline.engine.family import FAMILIES
 from pipeline.engine.kernels import by_products
-from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.memory import Shortage, does_not_fit, within_memory
 from pipeline.engine.pixels import normalised
 from pipeline.engine.request import ImagePixels, Prefix
 from schemas.errors import DeviceOutOfMemory, GenerateError, TokenFeatureMismatch
@@ -47,10 +48,22 @@ class Looker:
             _compile_tower(model)
         self._seen: dict[str, torch.Tensor | GenerateError] = {}
         self._wanted: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        """Of what is wanted: callers want while the engine's thread lets go."""
 
     def want(self, prefix: Prefix) -> None:
-        """Its images are to be kept, once they have been looked at, until `features` is called."""
-        self._wanted.update({image.sha256 for image in prefix.images})
+        """Its images are to be kept, once they have been looked at, until `let_go` is called."""
+        with self._lock:
+            self._wanted.update({image.sha256 for image in prefix.images})
+
+    def let_go(self, prefix: Prefix) -> None:
+        """Undo `want`."""
+        with self._lock:
+            for sha256 in {image.sha256 for image in prefix.images}:
+                self._wanted[sha256] -= 1
+                if not self._wanted[sha256]:
+                    del self._wanted[sha256]
+                    self._seen.pop(sha256, None)
 
     def look(self, prefixes: Iterable[Prefix]) -> None:
         """Look at images that nobody has looked at yet."""
@@ -64,10 +77,6 @@ class Looker:
         Null for a prefix without images and without image tokens.
         """
         found = [self._seen[image.sha256] for image in prefix.images]
-        for sha256 in {image.sha256 for image in prefix.images}:
-            self._wanted[sha256] -= 1
-            if not self._wanted[sha256]:
-                del self._wanted[sha256], self._seen[sha256]
         for each in found:
             if isinstance(each, GenerateError):
                 return each
@@ -79,27 +88,32 @@ class Looker:
         return torch.cat(tensors) if tensors else None
 
     def forget(self) -> None:
-        self._seen.clear()
-        self._wanted.clear()
+        with self._lock:
+            self._seen.clear()
+            self._wanted.clear()
 
     def _look(self, images: Sequence[ImagePixels]) -> None:
         """Where memory runs out, half as many at a time."""
-        try:
-            self._seen.update(zip((i.sha256 for i in images), self._looked(images), strict=True))
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        release_cached(self._model.device)
-        if len(images) == 1:
-            self._seen[images[0].sha256] = DeviceOutOfMemory(does_not_fit(self._model.device))
-            return
-        half = (len(images) + 1) // 2
-        self._look(images[:half])
-        self._look(images[half:])
+        device = self._model.device
+        found = within_memory(lambda: self._looked(images), device)
+        if not isinstance(found, Shortage):
+            self._seen.update(zip((i.sha256 for i in images), found, strict=True))
+        elif len(images) == 1:
+            self._seen[images[0].sha256] = no_room_for_image(images[0], device, found)
+        else:
+            half = (len(images) + 1) // 2
+            self._look(images[:half])
+            self._look(images[half:])
 
     def _looked(self, images: Sequence[ImagePixels]) -> Sequence[torch.Tensor]:
         return features_of(self._model, images, self._table)
+
+
+def no_room_for_image(
+    image: ImagePixels, device: torch.device, shortage: Shortage
+) -> DeviceOutOfMemory:
+    what = f"the image, {' x '.join(map(str, image.pixels.shape))} for the vision tower,"
+    return DeviceOutOfMemory(does_not_fit(what, device, shortage))
 
 
 def alike(images: Iterable[ImagePixels]) -> Iterator[list[ImagePixels]]:

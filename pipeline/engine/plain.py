@@ -5,6 +5,7 @@ for models that cannot be packed (`choose.py`), through their own forward and tr
 A branch that continues another one is read from its start, like all others.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from pipeline.engine.look import alike, features_of, mismatch
-from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.look import alike, features_of, mismatch, no_room_for_image
+from pipeline.engine.memory import Shortage, does_not_fit, within_memory
 from pipeline.engine.padded import Row, decode_rows, score_rows
 from pipeline.engine.placement import home_of
 from pipeline.engine.request import Branch, ImagePixels, Outcome, Prefix, Request
@@ -97,7 +98,9 @@ class PlainEngine:
             while todo:
                 todo.sort(key=lambda branch: len(branch.token_ids), reverse=True)
                 for some in _apart(todo):
-                    self._in_batches(some, lambda batch: self._answer(batch, features), _give_up)
+                    self._in_batches(
+                        some, lambda batch: self._answer(batch, features), self._give_up
+                    )
                 todo = [branch for each in asked for branch in each.grown()]
         return [[_settled(branch) for branch in each.branches] for each in asked]
 
@@ -110,8 +113,8 @@ class PlainEngine:
             found = features_of(self._model, images, self._table)
             features.update(zip((i.sha256 for i in images), found, strict=True))
 
-        def give_up(image: ImagePixels, error: GenerateError) -> None:
-            features[image.sha256] = error
+        def give_up(image: ImagePixels, shortage: Shortage) -> None:
+            features[image.sha256] = no_room_for_image(image, self._home, shortage)
 
         for images in alike(distinct.values()):
             self._in_batches(images, look, give_up)
@@ -156,31 +159,24 @@ class PlainEngine:
         self,
         items: Sequence[T],
         run: Callable[[Sequence[T]], None],
-        give_up: Callable[[T, GenerateError], None],
+        give_up: Callable[[T, Shortage], None],
     ) -> None:
         """Run items in batches; a batch that does not fit is halved, down to one item."""
         waiting = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
         while waiting:
             batch = waiting.pop(0)
-            if self._fits(batch, run):
+            short = within_memory(functools.partial(run, batch), self._home)
+            if short is None:
                 continue
             if len(batch) == 1:
-                give_up(batch[0], DeviceOutOfMemory(does_not_fit(self._home)))
+                give_up(batch[0], short)
             else:
                 half = (len(batch) + 1) // 2
                 waiting[:0] = [batch[:half], batch[half:]]
 
-    def _fits(self, batch: Sequence[T], run: Callable[[Sequence[T]], None]) -> bool:
-        """Run the batch; false when memory ran out. By returning, the batch's tensors are freed."""
-        try:
-            run(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            return True
-        release_cached(self._home)
-        return False
+    def _give_up(self, branch: _Branch, shortage: Shortage) -> None:
+        what = f"the row, with {len(branch.token_ids)} tokens of its prompt,"
+        branch.outcome = DeviceOutOfMemory(does_not_fit(what, self._home, shortage))
 
 
 def _apart(branches: Sequence[_Branch]) -> tuple[Sequence[_Branch], Sequence[_Branch]]:
@@ -189,10 +185,6 @@ def _apart(branches: Sequence[_Branch]) -> tuple[Sequence[_Branch], Sequence[_Br
         [each for each in branches if not each.branch.scored],
         [each for each in branches if each.branch.scored],
     )
-
-
-def _give_up(branch: _Branch, error: GenerateError) -> None:
-    branch.outcome = error
 
 
 def _settled(branch: _Branch) -> Outcome:

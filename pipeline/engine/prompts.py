@@ -43,7 +43,7 @@ def taken_in(fillings: Sequence[Filling], live: Live) -> Iterator[Taken]:
             taken.append((filling, filling.job.slot == NOWHERE))
             live.take_in(filling.job, filling.rows)
         yield taken
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         for filling, is_new in reversed(taken):
             live.put_back(filling.job, filling.rows, with_prefix=is_new)
         raise

@@ -50,7 +50,8 @@ GREEDY = Decoding()
 
 @dataclass(frozen=True)
 class Branch:
-    """Tokens that continue the prefix and end where the model is to answer.
+    """Tokens that continue the prefix and end where the model is to answer: one at least that is
+    not scored. Raises ValueError.
 
     `noise_key`: 128 bits that decide what is drawn. `scored`: so many of the last tokens are an
     answer that is given, to be scored (Score) instead of asked for; `max_new_tokens` is 1 then.
@@ -68,6 +69,10 @@ class Branch:
     scored: int = 0
     continues: int | None = None
     later_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) <= self.scored:
+            raise ValueError("a branch needs a token of its own before the answer")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,18 @@ finished first: where the first that waits does not fit, and where what waits co
 rows, as it can after a prompt that was far longer than the others.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.engine.kv import WIDTH_STEP, Shape, rounded
 from pipeline.engine.live import NOWHERE, Job, Live, Row, Size
-from pipeline.engine.memory import default_kv_budget_bytes, is_out_of_memory, release_cached
+from pipeline.engine.memory import (
+    Shortage,
+    default_kv_budget_bytes,
+    release_cached,
+    within_memory,
+)
 
 MOST_ROWS = 1024
 """Of one step; more gain nothing."""
@@ -38,10 +44,10 @@ class Room:
         """How wide its row can be."""
         return self._tokens // WIDTH_STEP * WIDTH_STEP - rounded(row.job.prefix_tokens)
 
-    def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | None:
-        """Room for what is at work and what waits, as much as there may be.
+    def made(self, live: Live | None, waiting: Sequence[Job]) -> Live | Shortage | None:
+        """Room for what is at work and what waits, as much as there may be; null where nothing is.
 
-        Each row fits the budget alone. Null where the device has no room for a single row.
+        Each row fits the budget alone. A Shortage where the device has no room for a single one.
         """
         grown = [job for job in live.jobs if job.grows and job.waiting] if live else []
         if not waiting and not grown:
@@ -101,13 +107,8 @@ class Room:
         size = self._beside(live.size, live.size.with_at_least(wanted))
         if size is None:
             return live
-        try:
-            return live.resized(self._shape, size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        release_cached(self._shape.device)
-        return live
+        larger = within_memory(lambda: live.resized(self._shape, size), self._shape.device)
+        return live if isinstance(larger, Shortage) else larger
 
     def _beside(self, old: Size, wanted: Size) -> Size | None:
         """As much of what is wanted as there may be beside the old; null where that is no more."""
@@ -133,17 +134,14 @@ class Room:
         live.missed_rounds = max(0.0, live.missed_rounds + could_have / has - FAR)
         live.is_closing = live.missed_rounds > max((row.said.count for row in live.rows), default=0)
 
-    def _new(self, wanted: Size) -> Live | None:
+    def _new(self, wanted: Size) -> Live | Shortage:
         size = wanted
         while True:
-            try:
-                live = Live.empty(self._shape, size)
-                live.is_largest = size != wanted
-                return live
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            release_cached(self._shape.device)
+            empty = functools.partial(Live.empty, self._shape, size)
+            new = within_memory(empty, self._shape.device)
+            if isinstance(new, Live):
+                new.is_largest = size != wanted
+                return new
             if size.slots <= 1 and size.rows == 1:
-                return None
+                return new
             size = Size((size.slots + 1) // 2, (size.rows + 1) // 2, size.widths)

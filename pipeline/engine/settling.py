@@ -34,7 +34,7 @@ class Settling:
         # From the last place on: none that is over is moved to another place.
         finished = sorted(finished, key=lambda each: each[0].index, reverse=True)
         for row, outcome in finished:
-            row.job.is_poisoned |= isinstance(outcome, NonFiniteLogits)
+            row.job.may_be_poisoned |= isinstance(outcome, NonFiniteLogits)
         self._go_on([each for each in finished if each[0].job.grows], live)
         for row, _ in finished:
             if live.rows[row.index] is row:

@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +25,7 @@ from pipeline.engine.kv import shape_of
 from pipeline.engine.language import Language
 from pipeline.engine.live import NOWHERE, Job, Live, Row
 from pipeline.engine.look import Looker
-from pipeline.engine.memory import does_not_fit, is_out_of_memory, release_cached
+from pipeline.engine.memory import Shortage, does_not_fit, within_memory
 from pipeline.engine.picking import Picking
 from pipeline.engine.prompts import Filling, read_prompts, taken_in
 from pipeline.engine.request import Outcome, Request
@@ -199,12 +199,11 @@ class SlotsEngine:
         """What is read next, in the order of the queue: one pass, about."""
         with self._arrived:
             waiting = list(self._queue)
-        self._live = live = self._room.made(self._live, waiting)
+        room = self._room.made(self._live, waiting)
+        self._live = live = None if isinstance(room, Shortage) else room
+        if isinstance(room, Shortage):
+            self._refuse(waiting[0], room)
         if live is None:
-            for job in waiting[:1]:
-                self._leave_queue(job)
-                error = DeviceOutOfMemory(does_not_fit(self._device))
-                self._settling.settle_waiting(job, error)
             return []
         self._put_back_too_long(live)
         if live.is_closing:
@@ -233,6 +232,15 @@ class SlotsEngine:
             if not live.holds(job.waiting[0]):
                 live.remove_job(job)
                 self._ask_again(job)
+
+    def _refuse(self, job: Job, shortage: Shortage) -> None:
+        """The device has no room for a row of its size."""
+        self._leave_queue(job)
+        self._looker.let_go(job.request.prefix)
+        needed = max(self._room.bytes_of(row) for row in job.waiting)
+        what = f"the row, with {needed:,} bytes of keys and values,"
+        error = DeviceOutOfMemory(does_not_fit(what, self._device, shortage))
+        self._settling.settle_waiting(job, error)
 
     def _leave_queue(self, job: Job) -> None:
         with self._arrived:
@@ -263,6 +271,7 @@ class SlotsEngine:
         if job.slot != NOWHERE:
             return filling
         features = self._looker.features(job.request.prefix)
+        self._looker.let_go(job.request.prefix)
         if not isinstance(features, GenerateError):
             return replace(filling, features=features)
         for row in filling.rows:
@@ -272,7 +281,10 @@ class SlotsEngine:
 
     def _read(self, fillings: Sequence[Filling]) -> None:
         """Read the prompts; where memory runs out, half as many at a time."""
-        if not fillings or self._fits(lambda: self._begin(fillings)):
+        if not fillings:
+            return
+        short = within_memory(lambda: self._begin(fillings), self._device)
+        if short is None:
             return
         first = fillings[0]
         if len(fillings) > 1:
@@ -282,11 +294,14 @@ class SlotsEngine:
             for rows in _halves(first.rows):
                 self._read([replace(first, rows=rows)])
         else:
-            self._give_up(first.rows[0])
+            self._give_up(first.rows[0], short)
 
-    def _give_up(self, row: Row) -> None:
-        """It does not fit, even alone."""
-        error = DeviceOutOfMemory(does_not_fit(self._device))
+    def _give_up(self, row: Row, shortage: Shortage) -> None:
+        """It does not fit, even alone. What has been written of it may be anything."""
+        row.job.may_be_poisoned = True
+        tokens = row.job.prefix_tokens + len(row.branch.token_ids) + row.said.count
+        what = f"the row, with {tokens} tokens until now,"
+        error = DeviceOutOfMemory(does_not_fit(what, self._device, shortage))
         if row.index == NOWHERE:
             self._settling.settle(row, error)
         else:
@@ -326,13 +341,14 @@ class SlotsEngine:
     def _advance(self, rows: Sequence[Row]) -> None:
         """A token for each of neighbouring rows; where memory runs out, half as many at a time."""
         with self._language.threads.enough_for(len(rows)):
-            if self._fits(lambda: self._decode(rows)):
-                return
+            short = within_memory(lambda: self._decode(rows), self._device)
+        if short is None:
+            return
         if len(rows) > 1:
             for half in _halves(rows):
                 self._advance(half)
         else:
-            self._give_up(rows[0])
+            self._give_up(rows[0], short)
 
     def _decode(self, rows: Sequence[Row]) -> None:
         assert self._live is not None
@@ -355,18 +371,6 @@ class SlotsEngine:
         assert self._live is not None
         finished, self._finished = self._finished, []
         self._settling.settle_all(finished, self._live)
-
-    def _fits(self, run: Callable[[], None]) -> bool:
-        """Run it; false when memory ran out. By returning, its tensors are freed."""
-        try:
-            run()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            return True
-        release_cached(self._device)
-        return False
 
 
 def _halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
