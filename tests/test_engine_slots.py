@@ -3,14 +3,11 @@
 import copy
 import gc
 import itertools
-import json
 import random
-import re
 import shutil
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,108 +20,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
-from transformers import MistralConfig, Qwen2Config
 
 from pipeline.engine import live, look, prefill, slots, step, stepper
 from pipeline.engine.attention import Asked
-from pipeline.engine.kv import KVArena, rounded, shape_of
-from pipeline.engine.live import Live
-from pipeline.engine.memory import is_out_of_memory
 from pipeline.engine.picking import Picking
-from pipeline.engine.pixels import pixel_table
 from pipeline.engine.replays import Replays, Run
-from pipeline.engine.request import Answer, Branch, Decoding, ImagePixels, Prefix, Request
+from pipeline.engine.request import Answer, Branch, ImagePixels, Prefix, Request
 from pipeline.engine.slots import SlotsEngine
 from pipeline.engine.traced import TracedStep
 from schemas.errors import (
-    DeviceOutOfMemory,
-    NonFiniteLogits,
-    PromptTooLong,
     SpecError,
-    TokenFeatureMismatch,
 )
-from tests.engine_cases import EOS, alone, cases_of, check, request_of
+from tests.engine_cases import EOS
 from tests.flash import stand_in
-from tests.models import tiny_model, tiny_processor
+from tests.slots_cases import IMAGES, SHAPES, Known, groups_of, known_of
 from tests.turns import Asking, talk
 
-IMAGES, QUESTIONS = 4, 12
 FLASH = "flash_attention_2"
-SHAPES: dict[str, dict[str, Any]] = {
-    "Llama": {"seed": 0},
-    "Llama, other heads": {
-        "seed": 2,
-        "hidden_size": 96,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 1,
-    },
-    "Qwen2": {
-        "seed": 0,
-        "kind": Qwen2Config,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-    },
-    "Mistral, a window": {
-        "seed": 2,
-        "kind": MistralConfig,
-        "sliding_window": 24,
-        "head_dim": 24,
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return tiny_processor()
-
-
-class Known:
-    """A model, and what it says to each case alone."""
-
-    def __init__(self, processor: Any, shape: dict[str, Any]) -> None:
-        self.processor, self.shape = processor, shape
-        self.model = tiny_model(**shape)
-        self.cases = cases_of(IMAGES, QUESTIONS)
-        self.expected = [alone(self.model, processor, case) for case in self.cases]
-
-    def engine(self, *, slots: float = 32.0, model: Any = None, **options: Any) -> SlotsEngine:
-        """With a budget for about so many prompts."""
-        model = copy.deepcopy(self.model) if model is None else model
-        shape = shape_of(model.config.get_text_config(), dtype=model.dtype, device=model.device)
-        return SlotsEngine(
-            model,
-            eos_token_ids=EOS,
-            table=pixel_table(self.processor),
-            kv_budget_bytes=int(slots * 96 * shape.token_bytes),
-            **options,
-        )
-
-    def requests(self, groups: Sequence[Sequence[int]]) -> list[Request]:
-        return [request_of(self.processor, *(self.cases[i] for i in group)) for group in groups]
-
-    def check(self, engine: SlotsEngine, groups: Sequence[Sequence[int]]) -> None:
-        outcomes = engine.submit(self.requests(groups))
-        for group, answers in zip(groups, outcomes, strict=True):
-            for i, answer in zip(group, answers, strict=True):
-                check(answer, self.expected[i])
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def known(request: pytest.FixtureRequest, processor: Any) -> Known:
-    return Known(processor, SHAPES[request.param])
+def known(request: pytest.FixtureRequest) -> Known:
+    return known_of(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(processor: Any) -> Known:
-    return Known(processor, SHAPES["Llama"])
-
-
-def groups_of(counts: Sequence[int], rng: random.Random) -> list[list[int]]:
-    """So many questions about an image each; which ones, and in which order, is drawn."""
-    return [
-        [image + IMAGES * n for n in rng.sample(range(QUESTIONS), count)]
-        for image, count in zip(itertools.cycle(range(IMAGES)), counts)
-    ]
+def llama() -> Known:
+    return known_of("Llama")
 
 
 @pytest.mark.parametrize("slots", [2, 5, 32])
@@ -371,162 +293,6 @@ def test_calls_from_several_threads_mix_and_get_their_own_answers(llama: Known) 
     assert not failures
 
 
-# Degrading
-
-
-class Scarce:
-    """Memory of a device that holds so many tokens of one pass, or images of one look. It runs out
-    at the end, when keys and values have been written."""
-
-    def __init__(self, engine: SlotsEngine, *, tokens: int, images: int, error: Exception) -> None:
-        self._engine, self._tokens, self._images, self._error = engine, tokens, images, error
-        self.most_tokens = 0
-        self.looked = 0
-        run, looked = engine._language.run, engine._looker._looked
-
-        def scarce_run(what: Any, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            hidden = run(what, embeds, positions)
-            if len(embeds) > self._tokens:
-                raise self._error
-            self.most_tokens = max(self.most_tokens, len(embeds))
-            return hidden
-
-        def scarce_look(images: Sequence[Any]) -> Any:
-            if len(images) > self._images:
-                raise self._error
-            self.looked += len(images)
-            return looked(images)
-
-        engine._language.run = scarce_run  # type: ignore[method-assign]
-        engine._looker._looked = scarce_look  # type: ignore[method-assign]
-
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
-    MemoryError("std::bad_alloc"),
-]
-
-
-@pytest.mark.parametrize(
-    ("error", "is_it"),
-    [
-        *((error, True) for error in OUT_OF_MEMORY),
-        (MemoryError(), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied\nout of memory"), False),
-    ],
-)
-def test_that_memory_has_run_out_is_known_by_who_says_so(error: Exception, is_it: bool) -> None:
-    assert is_out_of_memory(error) is is_it
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_what_does_not_fit_is_halved_and_answers_stay_the_same(
-    llama: Known, error: Exception
-) -> None:
-    engine = llama.engine()
-    scarce = Scarce(engine, tokens=70, images=1, error=error)
-    llama.check(engine, groups_of([12, 1, 3, 2], random.Random(0)))
-    assert scarce.most_tokens <= 70
-
-
-@pytest.mark.parametrize("place", [0, 3, 12])
-@pytest.mark.parametrize("longest", [1, 9])
-def test_nothing_is_left_of_a_request_whose_row_does_not_fit(
-    llama: Known, place: int, longest: int
-) -> None:
-    """Wherever it stands among more rows than there is room for, at work or over at once."""
-    engine = llama.engine(slots=2)
-    Scarce(engine, tokens=70, images=4, error=OUT_OF_MEMORY[0])
-    prefix = llama.requests([[0]])[0].prefix
-    branches = [Branch((100 + n, 7), longest) for n in range(12)]
-    alone = [llama.engine().submit([Request(prefix, [each])])[0] for each in branches]
-    branches.insert(place, Branch([5] * 71, 2))
-    [outcomes] = engine.submit([Request(prefix, branches)])
-    refused = outcomes.pop(place)
-    assert isinstance(refused, DeviceOutOfMemory)
-    told = r"the row, with \d+ tokens until now, does not .*: CUDA out of memory; \d[\d,]+ bytes"
-    assert re.match(told, str(refused))
-    for answer, [known] in zip(outcomes, alone, strict=True):
-        assert isinstance(answer, Answer)
-        assert isinstance(known, Answer)
-        assert answer.token_ids == known.token_ids
-    for _ in range(500):
-        if not engine._has_work():
-            return
-        time.sleep(0.01)
-    pytest.fail("the engine is still at work, and nobody waits for it")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-def test_an_allocation_that_really_fails_fails_its_row_only() -> None:
-    """Short prompts are answered as without a limit, beside the long one and after it."""
-    run = [sys.executable, "-m", "tests.scarce", "limited"]
-    found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-    name, message = found.pop("long")
-    assert name == "DeviceOutOfMemory"
-    assert "does not fit the memory of cpu" in message
-    assert found == {"equal": True, "after": True}
-
-
-def test_keys_and_values_never_take_more_than_the_budget(
-    llama: Known, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However rooms follow each other, and nothing is left behind by ten times the rows."""
-    arenas: weakref.WeakSet[KVArena] = weakref.WeakSet()
-    taken: list[int] = []
-    make = KVArena.__init__
-
-    def counted(arena: KVArena, *args: Any, **options: Any) -> None:
-        make(arena, *args, **options)
-        arenas.add(arena)
-        taken.append(sum(each.nbytes for each in arenas))
-
-    monkeypatch.setattr(KVArena, "__init__", counted)
-    engine = llama.engine(slots=6)
-    tensors = []
-    for call in range(10):
-        llama.check(engine, groups_of([1, 12, 3, 1, 2][: 1 + call % 5], random.Random(call)))
-        tensors.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
-    assert max(taken) <= engine._room.budget_bytes
-    assert max(taken) > engine._room.budget_bytes / 2
-    assert len(taken) > 4
-    assert max(tensors[5:]) <= max(tensors[:5])
-
-
-def test_an_image_that_does_not_fit_fails_all_its_questions(llama: Known) -> None:
-    engine = llama.engine()
-    Scarce(engine, tokens=10_000, images=0, error=OUT_OF_MEMORY[1])
-    outcomes = engine.submit(llama.requests(groups_of([3, 1], random.Random(0))))
-    assert {type(o) for o in itertools.chain(*outcomes)} == {DeviceOutOfMemory}
-    assert "the image, 32 x 32 x 3 for the vision tower, does not fit" in str(outcomes[0][0])
-
-
-def test_nothing_is_kept_of_a_request_for_which_there_is_no_room(
-    llama: Known, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The device has less than the budget says."""
-    engine, requests = llama.engine(), llama.requests([[0, 4], [1]])
-
-    def scarce(*_: object) -> Live:
-        raise OUT_OF_MEMORY[1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Live, "empty", scarce)
-        outcomes = engine.submit(requests)
-    assert {type(o) for o in itertools.chain(*outcomes)} == {DeviceOutOfMemory}
-    assert "bytes of keys and values, does not fit the memory of cpu" in str(outcomes[0][0])
-    llama.check(engine, [[0, 4], [1]])
-    assert not engine._looker._seen
-    assert not engine._looker._wanted
-
-
 def test_an_image_that_is_wanted_while_another_caller_lets_it_go_stays_wanted(
     llama: Known,
 ) -> None:
@@ -548,21 +314,17 @@ def test_an_image_that_is_wanted_while_another_caller_lets_it_go_stays_wanted(
     assert list(looker._wanted.values()) == [1]
 
 
-def test_an_error_that_is_not_about_memory_reaches_every_caller(llama: Known) -> None:
-    engine = llama.engine()
-    right = engine._language.run
-    engine._language.run = None  # type: ignore[method-assign,assignment]
-    with pytest.raises(TypeError):
-        engine.submit(llama.requests([[0], [1, 5]]))
-    engine._language.run = right  # type: ignore[method-assign]
-    llama.check(engine, [[0], [1, 5]])
-
-
 def test_an_image_is_looked_at_once_while_anybody_waits_for_it(llama: Known) -> None:
     engine = llama.engine()
-    scarce = Scarce(engine, tokens=10_000, images=100, error=OUT_OF_MEMORY[0])
+    right, seen = engine._looker._looked, []
+
+    def looked(images: Sequence[ImagePixels]) -> Any:
+        seen.extend(images)
+        return right(images)
+
+    engine._looker._looked = looked  # type: ignore[method-assign]
     llama.check(engine, [[i] for i in range(16)])
-    assert scarce.looked == IMAGES
+    assert len(seen) == IMAGES
     assert not engine._looker._seen
 
 
@@ -618,120 +380,6 @@ def test_layers_behind_the_one_that_is_read_do_not_run(llama: Known) -> None:
     llama.check(engine, [[0], [1]])
 
 
-def test_a_budget_for_less_than_a_row_is_told_with_the_figures(llama: Known) -> None:
-    engine = llama.engine(slots=0.5)
-    [[outcome], [short]] = engine.submit(
-        [
-            *llama.requests([[0]]),
-            Request(Prefix([1]), [Branch([5, 6], 2)]),
-        ]
-    )
-    assert isinstance(outcome, DeviceOutOfMemory)
-    assert f"{engine._room.budget_bytes:,} in kv_budget_bytes" in str(outcome)
-    assert isinstance(short, Answer)
-
-
-def test_a_prompt_beyond_the_context_fails_alone(llama: Known) -> None:
-    long = llama.requests([[0]])[0]
-    long = Request(long.prefix, [Branch([5] * 600, 3), *long.branches])
-    [[outcome, fine]] = llama.engine().submit([long])
-    assert isinstance(outcome, PromptTooLong)
-    assert "512" in str(outcome)
-    check(fine, llama.expected[0])
-
-
-def poisoned(llama: Known, token: int, *, slots: int = 4) -> SlotsEngine:
-    model = copy.deepcopy(llama.model)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[token] = float("nan")
-    return llama.engine(model=model, slots=slots)
-
-
-def test_logits_that_are_not_finite_fail_their_row_only(llama: Known) -> None:
-    """The guilty one's keys are gone, too, when its place is used again."""
-    unused = 250
-    requests = llama.requests(groups_of([3, 2, 4, 1, 2], random.Random(0)))
-    bad = requests[1]
-    branches = [Branch([*bad.branches[0].token_ids, unused], 5), *bad.branches]
-    requests[1] = Request(bad.prefix, branches)
-    outcomes = poisoned(llama, unused).submit(requests)
-    guilty = outcomes[1].pop(0)
-    assert isinstance(guilty, NonFiniteLogits)
-    groups = groups_of([3, 2, 4, 1, 2], random.Random(0))
-    for group, answers in zip(groups, outcomes, strict=True):
-        for i, answer in zip(group, answers, strict=True):
-            check(answer, llama.expected[i])
-
-
-def test_a_prefix_that_is_not_finite_fails_its_own_questions_only(llama: Known) -> None:
-    unused = 250
-    good, bad = llama.requests([[0, 4], [1, 5]])
-    ids = [unused, *bad.prefix.token_ids]
-    engine = poisoned(llama, unused)
-    for _ in range(2):
-        outcomes = engine.submit([Request(Prefix(ids, bad.prefix.images), bad.branches), good])
-        assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
-        for i, answer in zip([0, 4], outcomes[1], strict=True):
-            check(answer, llama.expected[i])
-
-
-def in_room_for(llama: Known, requests: Sequence[Request], *, slots: int, rows: int) -> SlotsEngine:
-    """As wide as they need; token 250 is poison."""
-    engine = poisoned(llama, 250)
-    prefix = max(rounded(len(request.prefix.token_ids)) for request in requests)
-    branches = [branch for request in requests for branch in request.branches]
-    branch = max(rounded(len(each.token_ids) + each.max_new_tokens - 1) for each in branches)
-    engine._room._tokens = slots * prefix + rows * branch
-    return engine
-
-
-def test_a_prefix_that_is_not_finite_leaves_nothing_where_its_job_is_moved_from(
-    llama: Known,
-) -> None:
-    """It moves, since more of its questions wait; a shorter one takes the place that it leaves."""
-    first, bad, last = llama.requests([[0], [1, 5, 9, 13, 17, 21], [2, 6]])
-    first = Request(first.prefix, [Branch(first.branches[0].token_ids, 1)])
-    bad = Request(Prefix([250] * 40 + [*bad.prefix.token_ids], bad.prefix.images), bad.branches)
-    engine = in_room_for(llama, [first, bad, last], slots=2, rows=6)
-    _, lost, fine = engine.submit([first, bad, last])
-    assert {type(outcome) for outcome in lost} == {NonFiniteLogits}
-    for i, answer in zip([2, 6], fine, strict=True):
-        check(answer, llama.expected[i])
-
-
-def test_what_is_not_finite_and_does_not_fit_leaves_nothing_in_its_place(llama: Known) -> None:
-    """Memory runs out when its keys have been written; a shorter one takes the place."""
-    first, bad, last = llama.requests([[0], [1], [2, 6]])
-    bad = Request(Prefix([250] * 60 + [*bad.prefix.token_ids], bad.prefix.images), bad.branches * 2)
-    engine = in_room_for(llama, [first, bad, last], slots=3, rows=5)
-    Scarce(engine, tokens=85, images=4, error=OUT_OF_MEMORY[0])
-    [known], lost, fine = engine.submit([first, bad, last])
-    assert {type(outcome) for outcome in lost} == {DeviceOutOfMemory}
-    for i, answer in zip([0, 2, 6], [known, *fine], strict=True):
-        check(answer, llama.expected[i])
-
-
-def test_a_prefix_that_is_not_finite_leaves_those_alone_that_need_no_slot(llama: Known) -> None:
-    unused = 250
-    [bad, *good] = llama.requests([[0, 4], [1], [2], [3]])
-    # So long that rows are wide enough for the others' prefixes.
-    branches = [*bad.branches, Branch(bad.branches[0].token_ids, 300)]
-    prefix = Prefix([unused, *bad.prefix.token_ids], bad.prefix.images)
-    outcomes = poisoned(llama, unused, slots=64).submit([Request(prefix, branches), *good])
-    assert {type(outcome) for outcome in outcomes[0]} == {NonFiniteLogits}
-    for i, [answer] in zip([1, 2, 3], outcomes[1:], strict=True):
-        check(answer, llama.expected[i])
-
-
-def test_image_tokens_that_do_not_match_the_features_fail_alone(llama: Known) -> None:
-    good, other = llama.requests([[0], [1]])
-    bad = Request(Prefix(list(other.prefix.token_ids)[:-1], other.prefix.images), other.branches)
-    [[outcome], [fine]] = llama.engine().submit([bad, good])
-    assert isinstance(outcome, TokenFeatureMismatch)
-    assert "15 image tokens" in str(outcome)
-    check(fine, llama.expected[0])
-
-
 def test_prompts_without_an_image_are_answered(llama: Known) -> None:
     ids = llama.processor.tokenizer("USER: yes or no? ASSISTANT:")["input_ids"]
     engine = llama.engine()
@@ -771,126 +419,3 @@ def test_requests_without_branches_and_empty_calls_give_nothing(llama: Known) ->
     engine = llama.engine()
     assert engine.submit([]) == []
     assert engine.submit([Request(llama.requests([[0]])[0].prefix, [])]) == [[]]
-
-
-# Room
-
-
-class Watched:
-    """An engine with room for 38 usual questions, or for six as long as the context. How many rows
-    were at work in each step, and in which room; `at_step` is called before each."""
-
-    def __init__(self, llama: Known, at_step: Callable[[], None] = lambda: None) -> None:
-        self.engine = llama.engine(slots=32)
-        self.rows: list[int] = []
-        self.rooms: list[live.Size] = []
-        step = self.engine._stepper.run
-
-        def run(live: live.Live, rows: Sequence[live.Row]) -> torch.Tensor:
-            at_step()
-            self.rows.append(len(rows))
-            if self.rooms[-1:] != [live.size]:
-                self.rooms.append(live.size)
-            return step(live, rows)
-
-        self.engine._stepper.run = run  # type: ignore[method-assign]
-
-    def said(self, requests: Sequence[Request]) -> list[list[Sequence[int]]]:
-        return [[answer.token_ids for answer in each] for each in self.engine.submit(requests)]
-
-
-def usual(n: int, *, prefix: int = 16, words: int = 8, questions: int = 1) -> Request:
-    """10 to 49 tokens are said."""
-    longest = 10 + n * 7 % 40
-    ids = [[100 + (n + 3 * q + i * i) % 140 for i in range(words)] for q in range(questions)]
-    decoding = Decoding(min_new_tokens=longest)
-    return Request(Prefix([1] * prefix), [Branch(each, longest, decoding) for each in ids])
-
-
-LONG = usual(3, words=440)
-MANY = [usual(n, prefix=300, words=2, questions=20) for n in (4, 38)]
-
-
-@pytest.mark.parametrize(
-    ("odd", "prefix", "place"),
-    [([LONG], 16, 0), ([LONG], 16, 5), ([LONG], 16, 60), (MANY, 64, 0)],
-    ids=["long, first", "long", "long, late", "many questions"],
-)
-def test_the_room_of_odd_requests_is_given_up_after_them(
-    llama: Known, odd: Sequence[Request], prefix: int, place: int
-) -> None:
-    """Though there is always work, which would do in that room, few at a time."""
-    others = [usual(n, prefix=prefix) for n in range(150)]
-    without, alone, beside = Watched(llama), Watched(llama), Watched(llama)
-    expected, expected_odd = without.said(others), alone.said(odd)
-    said = beside.said([*others[:place], *odd, *others[place:]])
-    assert said == [*expected[:place], *expected_odd, *expected[place:]]
-    assert len(beside.rows) < len(without.rows) + len(alone.rows) + 80
-
-
-@pytest.mark.parametrize("times", [1, 8])
-def test_the_room_of_a_small_first_call_does_for_large_ones(llama: Known, times: int) -> None:
-    """It can grow, or is as large from the start as there may be."""
-    first = [usual(n) for n in (5, 17, 22)] * times
-    later = [usual(n) for n in range(200)]
-    call = threading.Thread(target=lambda: few.said(later))
-
-    def arrive() -> None:
-        if not few.rows:
-            call.start()
-            while not few.engine._queue:
-                time.sleep(0.001)
-
-    few, at_once = Watched(llama, arrive), Watched(llama)
-    few.said(first)
-    call.join()
-    at_once.said([*first, *later])
-    assert len(few.rows) < 1.2 * len(at_once.rows)
-    assert len(few.rooms) == (2 if times == 1 else 1)
-
-
-def test_a_long_question_has_its_turn_though_others_keep_coming(llama: Known) -> None:
-    came, is_over = itertools.count(40), threading.Event()
-
-    def keep_coming() -> None:
-        while not is_over.is_set() and len(steady.engine._queue) < 40 and len(steady.rows) < 1000:
-            steady.engine._queue_up([live.Job(usual(next(came)), lambda: None)])
-
-    steady, long = Watched(llama, keep_coming), live.Job(LONG, is_over.set)
-    before = [live.Job(usual(n), lambda: None) for n in range(40)]
-    steady.engine._queue_up([*before, long])
-    assert is_over.wait(timeout=60)
-    [answer] = long.settled()
-    assert isinstance(answer, Answer)
-    assert [[answer.token_ids]] == Watched(llama).said([LONG])
-    assert len(steady.rows) < 200
-
-
-@pytest.mark.parametrize("every", [10, 20, 50])
-def test_rooms_change_only_where_that_gains_something(llama: Known, every: int) -> None:
-    """There are never more steps than with all in the widest room."""
-    requests = [usual(n, words=440 if n % every == 7 else 8) for n in range(200)]
-    mixed = Watched(llama)
-    mixed.said(requests)
-    rows_of_widest = 6
-    steps = sum(each.branches[0].max_new_tokens for each in requests) / rows_of_widest
-    assert len(mixed.rows) <= 1.02 * steps
-    assert len(mixed.rooms) <= 2 * 200 / every + 2
-
-
-def test_a_device_without_memory_for_more_is_not_asked_again_and_again(
-    llama: Known, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, make = [], KVArena.__init__
-
-    def scarce(arena: KVArena, shape: Any, *, capacity: int, width: int) -> None:
-        asked.append(capacity * width)
-        if capacity * width > 700:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        make(arena, shape, capacity=capacity, width=width)
-
-    monkeypatch.setattr(KVArena, "__init__", scarce)
-    watched = Watched(llama)
-    watched.said([usual(n) for n in range(100)])
-    assert len(watched.rooms) == 1
-    assert len(asked) < 20
