@@ -1,11 +1,14 @@
-"""Steps of a small model take one thread; prompts and larger models take those that there are."""
+"""Small steps take one thread; prompts and larger steps take those that there are."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from pipeline.engine import threads
+from pipeline.engine.compiling import compile_once
 from pipeline.engine.threads import Threads
 from tests.engine_cases import cases_of, engine_for, request_of
 from tests.models import tiny_model, tiny_processor
@@ -31,7 +34,8 @@ def test_one_thread_reads_the_tokens_of_a_small_models_step(
     monkeypatch: pytest.MonkeyPatch, is_small: bool
 ) -> None:
     processor = tiny_processor()
-    monkeypatch.setattr(threads, "FEWEST_ROWS", 16 if is_small else 10**9)
+    if not is_small:
+        monkeypatch.setattr(threads, "ONE_THREADS_BYTES", 0)
     engine = engine_for("slots", tiny_model(), processor)
     passes = passes_of(engine)
     requests = [request_of(processor, case) for case in cases_of(5, 1)]
@@ -44,9 +48,9 @@ def test_one_thread_reads_the_tokens_of_a_small_models_step(
 
 def test_more_rows_than_one_thread_is_enough_for() -> None:
     text = tiny_model().model.language_model
-    layer = sum(weight.numel() for weight in text.layers[0].parameters())
+    layer = sum(weight.nbytes for weight in text.layers[0].parameters())
     enough = Threads(text)
-    assert enough.most_rows == threads.ONE_THREADS_PRODUCTS // layer
+    assert enough.most_rows == threads.ONE_THREADS_BYTES // layer
     for rows, expected in ((enough.most_rows, 1), (enough.most_rows + 1, 2)):
         with enough.enough_for(rows):
             assert torch.get_num_threads() == expected
@@ -57,3 +61,15 @@ def test_an_error_leaves_the_number_as_it_was() -> None:
     with pytest.raises(RuntimeError), enough.enough_for(1):
         raise RuntimeError("out of memory")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++, which is not here")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_is_compiled_is_run_by_fewer_threads_as_it_is() -> None:
+    numbers, twice = torch.arange(8.0), compile_once(lambda numbers: numbers * 2)
+    found = [twice(numbers)]
+    graphs = counters["stats"]["unique_graphs"]
+    torch.set_num_threads(1)
+    found.append(twice(numbers))
+    assert all(torch.equal(each, numbers * 2) for each in found)
+    assert counters["stats"]["unique_graphs"] == graphs

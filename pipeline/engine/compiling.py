@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 MODELS = 16
-COMPILED_OF_A_MODEL = 4
-"""Of one function, at most: passes and steps, each for two numbers of threads."""
+COMPILED_OF_A_MODEL = 2
+"""Of one function, at most: passes and steps."""
 
 
 def attention_pays_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -25,10 +25,17 @@ def attention_pays_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def compile_once(function: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
-    """For any lengths but one."""
+    """For any lengths but one, and for as many threads as there are now, or fewer."""
     # Counted together for all models of a process, since they share transformers' functions.
     torch._dynamo.config.recompile_limit = MODELS * COMPILED_OF_A_MODEL
-    return torch.compile(function, dynamic=True, fullgraph=fullgraph)
+    options: dict[str, Any] = {"guard_filter_fn": _but_state}
+    return torch.compile(function, dynamic=True, fullgraph=fullgraph, options=options)
+
+
+def _but_state(guards: Sequence[Any]) -> Sequence[bool]:
+    """All but the one that asks for the number of threads, and for modes that an engine is always
+    in: it would have all compiled again for fewer threads, which what is there can be run by."""
+    return [guard.guard_type != "GLOBAL_STATE" for guard in guards]
 
 
 @contextlib.contextmanager

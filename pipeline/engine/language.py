@@ -108,15 +108,13 @@ class Language:
         if self._kernels.can_be_traced and group <= FEW:
             self._compiled_step = compile_once(self._text.forward, fullgraph=True)
         tokens = torch.zeros(ROWS, dtype=torch.long, device=self.device)
-        # With the threads that small steps take, and with those that all else takes.
-        for rows in {1, self.threads.most_rows + 1}:
-            with self.threads.enough_for(rows), compiling(self._model):
-                nothing = _Nothing(tokens[:WANTED])
-                self.likeliest(self.logits(self.run(nothing, self.embedded(tokens), tokens)))
-                self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
-                if self._compiled_step is not None:
-                    with small_alone():
-                        self._step(example(shape), self.embedded(tokens), tokens)
+        with compiling(self._model):
+            nothing = _Nothing(tokens[:WANTED])
+            self.likeliest(self.logits(self.run(nothing, self.embedded(tokens), tokens)))
+            self._kernels.warm_up(kv_heads=shape.kv_heads, group=group, dim=shape.head_dim)
+            if self._compiled_step is not None:
+                with small_alone():
+                    self._step(example(shape), self.embedded(tokens), tokens)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """From [tokens, hidden], [tokens, vocabulary]."""

@@ -1,7 +1,7 @@
-"""How many threads the steps of a small model take on a CPU.
+"""How many threads small steps take on a CPU.
 
 Every matrix product wakes the other threads and waits for them: some 60 us where OpenMP's threads
-do not spin, which is longer than a small model takes for the product of a few rows.
+do not spin, which is longer than the product of a few rows takes.
 """
 
 import contextlib
@@ -13,11 +13,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ONE_THREADS_PRODUCTS = 2**24
-"""Multiplications of a layer that one thread does sooner than two; measured in float32."""
-FEWEST_ROWS = 16
-"""Models for which it is so with fewer rows only are left alone: what torch compiles, it compiles
-once for each number of threads."""
+ONE_THREADS_BYTES = 2**26
+"""Multiplications of a layer, times the bytes of a number, that one thread does sooner than two;
+measured in float32 and in bfloat16."""
 
 
 class Threads:
@@ -25,13 +23,12 @@ class Threads:
 
     def __init__(self, text: "PreTrainedModel") -> None:
         layers = list(text.layers)
-        weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        rows = ONE_THREADS_PRODUCTS * len(layers) // weights
+        weights = sum(weight.nbytes for layer in layers for weight in layer.parameters())
         self._all = torch.get_num_threads()
         self.most_rows = 0
         """For as many one thread is enough."""
-        if text.device.type == "cpu" and self._all > 1 and rows >= FEWEST_ROWS:
-            self.most_rows = rows
+        if text.device.type == "cpu" and self._all > 1:
+            self.most_rows = ONE_THREADS_BYTES * len(layers) // weights
 
     @contextlib.contextmanager
     def enough_for(self, rows: int) -> Iterator[None]:
