@@ -81,6 +81,31 @@ def test_steps_as_they_are_compiled_give_the_same(
     assert len(set(widths)) > 1
 
 
+def test_the_last_row_is_read_by_what_is_compiled_for_several(
+    llama: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, at_work = [], []
+    attend = TracedStep.attend
+
+    def counted(step: TracedStep, asked: Asked) -> torch.Tensor:
+        read.append(asked.query.shape[1])
+        return attend(step, asked)
+
+    monkeypatch.setattr(TracedStep, "attend", counted)
+    engine = llama.engine()
+    engine._language._compiled_step = engine._language._text.forward
+    step = engine._stepper.run
+
+    def run(live: live.Live, rows: Sequence[live.Row]) -> torch.Tensor:
+        at_work.append(len(rows))
+        return step(live, rows)
+
+    engine._stepper.run = run  # type: ignore[method-assign]
+    llama.check(engine, groups_of([1] * 7, random.Random(1)))
+    assert min(at_work) == 1
+    assert min(read) == 2
+
+
 def test_attention_by_matrix_products_gives_the_same(known: Known) -> None:
     groups = groups_of([6, 1, 3, 1, 2], random.Random(0))
     known.check(known.engine(slots=8, attention="eager"), groups)

@@ -56,6 +56,13 @@ def test_more_rows_than_one_thread_is_enough_for() -> None:
             assert torch.get_num_threads() == expected
 
 
+def test_quantized_weights_are_unpacked_by_all_threads() -> None:
+    text = tiny_model().model.language_model
+    packed = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    text.layers[0].register_parameter("packed", packed)
+    assert Threads(text).most_rows == 0
+
+
 def test_an_error_leaves_the_number_as_it_was() -> None:
     enough = Threads(tiny_model().model.language_model)
     with pytest.raises(RuntimeError), enough.enough_for(1):

@@ -87,6 +87,11 @@ class Language:
         """Whether a pass may want so many: a single one would be compiled again, for itself."""
         return tokens > 1 or self._compiled is None
 
+    @property
+    def fewest_rows(self) -> int:
+        """Of a step, for the same reason."""
+        return 1 if self._compiled_step is None else 2
+
     def _step(
         self, step: TracedStep, embeds: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:

@@ -32,9 +32,13 @@ class Stepper:
         first = rows[0].index
         outline, numbers = _told(live, rows, [row.own_tokens + 1 for row in rows])
         # What is added are places behind these rows.
-        if self.replays is None or len(rows) < len(live.rows):
+        are_all = len(rows) == len(live.rows)
+        if self.replays is None or not are_all:
+            most_rows = live.branches.capacity if are_all else len(rows)
+            fewest = min(self._language.fewest_rows, most_rows)
+            outline = replace(outline, rows=max(outline.rows, fewest))
             flat = sent(flat_of(outline, numbers), live.tokens.device)
-            return self._step(live, first, outline, flat)
+            return self._step(live, first, outline, flat)[: len(rows)]
         rounded = rounded_up(outline, most=_most(live))
         step = partial(self._step, live, first, rounded)
         return self.replays.run(live, rounded, step, flat_of(rounded, numbers))[: len(rows)]

@@ -23,12 +23,15 @@ class Threads:
 
     def __init__(self, text: "PreTrainedModel") -> None:
         layers = list(text.layers)
-        weights = sum(weight.nbytes for layer in layers for weight in layer.parameters())
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        # To unpack quantized ones takes as long for a single row as for many.
+        are_plain = all(weight.is_floating_point() for weight in weights)
         self._all = torch.get_num_threads()
         self.most_rows = 0
         """For as many one thread is enough."""
-        if text.device.type == "cpu" and self._all > 1:
-            self.most_rows = ONE_THREADS_BYTES * len(layers) // weights
+        if text.device.type == "cpu" and self._all > 1 and are_plain:
+            bytes_of_layers = sum(weight.nbytes for weight in weights)
+            self.most_rows = ONE_THREADS_BYTES * len(layers) // bytes_of_layers
 
     @contextlib.contextmanager
     def enough_for(self, rows: int) -> Iterator[None]:
