@@ -153,9 +153,12 @@ def turns_of(engine: SlotsEngine, requests: Sequence[Request]) -> list[Any]:
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++, which is not here")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.usefixtures("two_threads")
 def test_a_compiled_text_model_gives_the_same(llama: Known) -> None:
+    """Compiled for two threads; its steps take one."""
     compiled = counters["stats"]["unique_graphs"]
     engine = llama.engine(slots=5, compiled=True)
+    assert engine._language.threads.most_rows
     llama.check(engine, groups_of([6, 1, 3, 1, 2], random.Random(0)))
     llama.check(engine, groups_of([1] * 7, random.Random(1)))
     llama.check(engine, groups_of([1], random.Random(2)))
